@@ -1,0 +1,191 @@
+"""`gossamer plan` and `gossamer compress`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..show import choice_table, console, duration, follow, plan_table, size
+from . import app
+
+if TYPE_CHECKING:
+    from ..compress import Report
+    from ..plan import Rule
+
+Method = Annotated[str, typer.Option(help="auto, or one of gossamer.methods; auto measures and says why.")]
+Ratio = Annotated[float, typer.Option(help="Compression ratio: 0.3 stores 30 % fewer bytes, masks counted.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="'PATTERN=METHOD:RATIO', '=METHOD', '=:RATIO' or '=dense'; the last match wins."),
+]
+Knobs = Annotated[list[str] | None, typer.Option("--knob", help="A knob of the method, as NAME=VALUE.")]
+Codes = Annotated[str | None, typer.Option(help="Short for --knob codes=...: bitmask or nm24 (cospadi).")]
+
+BUILTIN, BUILTIN_SAMPLES, SAMPLES = "builtin", 128, 256
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Model folder (only headers are read), hub id or GGUF.")],
+    method: Method = "auto",
+    ratio: Ratio = 0.3,
+    rule: Rules = None,
+    knob: Knobs = None,
+    codes: Codes = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Also write the plan here, for compress --plan.")] = None,
+) -> None:
+    """Dry run: bytes before and after per layer, peak memory and time, before any work."""
+    made = _plan(_skeleton_or_model(model), method, ratio, rule, knob, codes)
+    if out:
+        made.save(out)
+    console.print(plan_table(made))
+    seconds = made.seconds(SAMPLES * 1024)
+    time = f", time on this CPU about {duration(seconds)} with {SAMPLES} x 1,024 tokens" if seconds else ""
+    console.print(f"Estimated peak memory {size(made.peak_memory())}{time}.")
+    if made.automatic:
+        console.print("The method is chosen at compression time, when there are statistics to choose by.")
+
+
+@app.command()
+def compress(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Dense model: folder, hub id or GGUF.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the compressed model.")],
+    method: Method = "auto",
+    ratio: Ratio = 0.3,
+    rule: Rules = None,
+    knob: Knobs = None,
+    codes: Codes = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan from gossamer plan --json.")] = None,
+    calibration: Annotated[str, typer.Option(help="Text file, or 'builtin'.")] = BUILTIN,
+    samples: Annotated[int | None, typer.Option(help="Windows to calibrate on; 256, builtin 128.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Calibrate on compressed predecessors.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Work folder; default OUT.work, removed at the end.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the work folder holds.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    dtype: Annotated[str, typer.Option(help="Load the model as auto, float32, bfloat16 ...")] = "auto",
+) -> None:
+    """Compress a model; interrupt it whenever you like and run the same command to resume."""
+    _check_out(out)
+    _check_plan_alone(ctx, plan_file)
+    text = _calibration_text(calibration)
+    from ..checkpoint import save
+    from ..compress import compress as run
+    from ..hub.source import check_device, open_model
+    from ..plan import Plan
+
+    check_device(device)
+    made = Plan.load(plan_file) if plan_file else None
+    if made is None and (headers := _headers_only(model)):
+        _plan(headers, method, ratio, rule, knob, codes)  # what cannot work fails before the weights are read
+    live, tokenizer = open_model(model, dtype)
+    made = made or _plan(live, method, ratio, rule, knob, codes)
+    console.print(plan_table(made))
+    place = work or out.with_name(out.name + ".work")
+    count = samples or (BUILTIN_SAMPLES if calibration == BUILTIN else SAMPLES)
+    how = {"samples": count, "length": length, "sequential": sequential, "device": device, "fresh": fresh}
+    try:
+        with follow() as progress:
+            run(live, text, made, tokenizer=tokenizer, work=place, progress=progress, report=_print_report, **how)
+    except KeyboardInterrupt:
+        again = shlex.join(["gossamer", *(a for a in ctx.obj if a != "--fresh")])
+        text = f"\nInterrupted; what is done is kept in {place}. Run the same command again to resume:\n  {again}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(130) from None
+    save(live, out, tokenizer=tokenizer)
+    if work is None:
+        shutil.rmtree(place)
+    console.print(f"Saved to {out}. Next: gossamer eval {out}")
+
+
+def _print_report(report: Report) -> None:
+    if report.choice:
+        console.print(choice_table(report.choice), report.choice.reason, sep="\n")
+    stored, dense = (sum(getattr(l, k) for l in report.layers) for k in ("stored_bytes", "dense_bytes"))
+    console.print(f"Block linears: {size(dense)} -> {size(stored)}, ratio {report.ratio:.4f}.")
+
+
+def _plan(model: Any, method: str, ratio: float, rules: list[str] | None, knobs: list[str] | None, codes: str | None):  # type: ignore[no-untyped-def]
+    from ..plan import plan as make
+
+    chosen = {**parse_knobs(knobs or []), **({"codes": codes} if codes else {})}
+    try:
+        return make(model, method, ratio, [parse_rule(r) for r in rules or []], **chosen)
+    except TypeError as e:  # an unknown knob
+        raise ValueError(f"{e}; fix: leave it out") from e
+
+
+def parse_knobs(pairs: list[str]) -> dict[str, Any]:
+    """['rho=2', 'codes=nm24'] -> {'rho': 2, 'codes': 'nm24'}: values are JSON where they can be, else text."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--knob '{pair}' is not NAME=VALUE; fix: for example --knob rho=2.5")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def parse_rule(text: str) -> Rule:
+    """'*.down_proj=sparsegpt:0.1' -> a Rule; method or ratio may be missing."""
+    from ..plan import Rule
+
+    pattern, equals, rest = text.rpartition("=")
+    method, _, ratio = rest.partition(":")
+    try:
+        if not (pattern and equals and rest):
+            raise ValueError
+        return Rule(pattern, method or None, float(ratio) if ratio else None)
+    except ValueError:
+        raise ValueError(
+            f"--rule '{text}' is not PATTERN=METHOD:RATIO; fix: for example --rule '*.down_proj=sparsegpt:0.1'"
+        ) from None
+
+
+def _skeleton_or_model(source: str) -> Any:
+    from ..hub.source import open_model
+
+    return _headers_only(source) or open_model(source)[0]
+
+
+def _headers_only(source: str) -> Path | None:
+    """A model folder that can be planned without reading its weights."""
+    folder = Path(source)
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _check_out(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty; fix: choose another --out, or remove it")
+
+
+def _check_plan_alone(ctx: typer.Context, plan_file: Path | None) -> None:
+    options = {a.partition("=")[0] for a in ctx.obj}
+    if plan_file and (given := options & {"--method", "--ratio", "--rule", "--knob", "--codes"}):
+        raise ValueError(f"{min(given)} beside --plan, which says it already; fix: give it to `gossamer plan`")
+
+
+def _calibration_text(source: str) -> list[str]:
+    from .. import texts
+
+    return texts.calibration() if source == BUILTIN else [read_text(Path(source))]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, .xz or plain, with its line ends as they are. ValueError if it is neither."""
+    import lzma
+
+    data = path.read_bytes()
+    try:
+        return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    except (UnicodeDecodeError, lzma.LZMAError) as e:
+        raise ValueError(f"{path} is no UTF-8 text ({e}); fix: convert it to UTF-8") from e

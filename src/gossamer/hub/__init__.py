@@ -1,0 +1,1 @@
+"""Thin translators to other libraries, each optional and imported only when that library is in use."""

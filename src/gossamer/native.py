@@ -1,0 +1,153 @@
+"""The compiled CPU core, typed and checked: torch tensors in, torch tensors out.
+
+A bitmask matrix is `values` [nnz] in row-major order beside `mask` [M, ceil(K / 8)] uint8, whose bit j of byte b is
+column 8 b + j; padding bits are zero. `GOSSAMER_ISA` (scalar, avx2, avx512) or `set_isa` narrows what the CPU offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_built: ModuleType | None
+_failure: ImportError | None = None
+try:
+    from gossamer import _native as _built
+except ImportError as error:
+    _built, _failure = None, error
+
+DTYPES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+        torch.uint8,
+        torch.int16,
+        torch.int32,
+    }
+)
+
+
+def available() -> bool:
+    """Was the compiled core built and can it be imported?"""
+    return _built is not None
+
+
+def require() -> ModuleType:
+    """The compiled core, or an ImportError that names the fix."""
+    if _built is None:
+        raise ImportError(
+            "Gossamer's compiled core (gossamer._native) is missing: it needs a C++17 compiler (g++ >= 11); "
+            "build it with `pip install .` in the repository"
+        ) from _failure
+    return _built
+
+
+def isas() -> list[str]:
+    """The instruction sets this CPU can run, best first."""
+    return require().isas()
+
+
+def isa() -> str:
+    """The instruction set in use. ValueError if GOSSAMER_ISA names one that this CPU cannot run."""
+    return require().isa()
+
+
+def set_isa(name: str) -> None:
+    """Use this instruction set from now on, process-wide. ValueError if this CPU cannot run it."""
+    require().set_isa(name)
+
+
+def pack_bitmask(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense [M, K] on the CPU -> (values [nnz] of its dtype, mask [M, ceil(K / 8)] uint8). -0.0 counts as zero."""
+    native = require()
+    _check_dtype(dense.dtype)
+    if dense.dim() != 2 or dense.device.type != "cpu":
+        raise ValueError(f"expected a CPU matrix, got {dense.dim()} dimensions on {dense.device}")
+    rows, cols = dense.shape
+    dense = _row_major(dense.detach())
+    stride = dense.stride(0) * dense.itemsize
+    matrix = (dense.data_ptr(), rows, cols, stride, dense.itemsize, dense.is_floating_point())
+    counts = torch.empty(rows, dtype=torch.int64)
+    native.bitmask_count(*matrix, counts.data_ptr(), torch.get_num_threads())
+    offsets = _offsets(counts)
+    values = torch.empty(int(offsets[-1]), dtype=dense.dtype)
+    mask = torch.empty(rows, _bytes(cols), dtype=torch.uint8)
+    native.bitmask_pack(*matrix, mask.data_ptr(), offsets.data_ptr(), values.data_ptr(), torch.get_num_threads())
+    return values, mask
+
+
+def unpack_bitmask(values: Tensor, mask: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """The inverse of `pack_bitmask`: dense [M, K], of `dtype` if given.
+
+    ValueError if values, mask and shape contradict each other, so that a damaged file cannot read out of bounds.
+    """
+    native = require()
+    _check_dtype(values.dtype)
+    rows, cols = shape
+    _check_mask(mask, rows, cols)
+    if values.dim() != 1 or values.device.type != "cpu":
+        raise ValueError(f"expected a CPU vector of values, got {values.dim()} dimensions on {values.device}")
+    values, mask = values.detach().contiguous(), mask.contiguous()
+    offsets = _offsets(popcount_rows(mask))
+    if int(offsets[-1]) != values.numel():
+        raise ValueError(f"the mask has {int(offsets[-1])} bits set but there are {values.numel()} values: damaged")
+    widen = values.dtype == torch.bfloat16 and dtype == torch.float32
+    dense = torch.empty(rows, cols, dtype=torch.float32 if widen else values.dtype)
+    packed = (mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), rows, cols)
+    target = (dense.data_ptr(), cols * dense.itemsize, torch.get_num_threads())
+    if widen:
+        native.bitmask_unpack_bf16_f32(*packed, *target)
+        return dense
+    native.bitmask_unpack(*packed, values.itemsize, *target)
+    return dense if dtype is None else dense.to(dtype)
+
+
+def popcount_rows(mask: Tensor) -> Tensor:
+    """Set bits in each row of a uint8 matrix on the CPU: int64 [M]."""
+    native = require()
+    _check_bytes(mask)
+    mask = mask.contiguous()
+    counts = torch.empty(mask.shape[0], dtype=torch.int64)
+    native.popcount_rows(mask.data_ptr(), *mask.shape, counts.data_ptr(), torch.get_num_threads())
+    return counts
+
+
+def _bytes(cols: int) -> int:
+    return (cols + 7) // 8
+
+
+def _row_major(dense: Tensor) -> Tensor:
+    """Rows may lie any distance apart; within a row columns must touch."""
+    return dense if dense.stride(1) == 1 or dense.shape[1] <= 1 else dense.contiguous()
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Where each row's values start, and where the last ends: int64 [M + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        known = ", ".join(sorted(str(known).removeprefix("torch.") for known in DTYPES))
+        raise TypeError(f"{dtype} is not supported; choose one of: {known}")
+
+
+def _check_bytes(mask: Tensor) -> None:
+    if mask.dim() != 2 or mask.dtype != torch.uint8 or mask.device.type != "cpu":
+        raise ValueError(f"expected a CPU matrix of uint8, got {mask.dtype} {tuple(mask.shape)} on {mask.device}")
+
+
+def _check_mask(mask: Tensor, rows: int, cols: int) -> None:
+    _check_bytes(mask)
+    if mask.shape != (rows, _bytes(cols)):
+        raise ValueError(f"a {rows} x {cols} matrix has a mask of {rows} x {_bytes(cols)}, got {tuple(mask.shape)}")
+    if cols % 8 and bool((mask[:, -1] >> (cols % 8)).any()):
+        raise ValueError(f"the mask has bits set past column {cols}: damaged")

@@ -1,0 +1,125 @@
+"""SparseLinear: a linear layer that holds a format and calls the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import formats, ops
+from .formats import Format, Spec
+
+
+class SparseLinear(nn.Module):
+    """y = x A^T + bias with A [out_features, in_features] stored in any format.
+
+    The stored tensors are parameters without gradient, named as `Format.tensors()` names them, and keep the dtype they
+    are stored in: `.to(dtype)`, `.half()` and `.float()` move the bias only, the arithmetic follows x.
+    A product may borrow its right factor from another SparseLinear (`lender`): one shared dictionary, stored once.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        lender: SparseLinear | None = None,
+    ) -> None:
+        """An empty layer of this spec, to load tensors into; `dtype` is the bias's."""
+        super().__init__()
+        self.out_features, self.in_features = spec["shape"]
+        self.layout = ops.to_layout(spec)
+        self._names = tuple(formats.layout(spec))
+        # In a tuple, so that the lender is not registered as a child and its tensors are saved once.
+        self._lender = () if lender is None else (lender,)
+        for name, (shape, kind) in formats.layout(spec).items():
+            if not self._borrows(name):
+                self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        shape = (self.out_features,)
+        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_format(cls, a: Format, bias: Tensor | None = None, lender: SparseLinear | None = None) -> Self:
+        """A layer around `a`; with a `lender`, the right factor of `a` must be the lender's."""
+        device = next(iter(a.tensors().values())).device
+        layer = cls(a.spec(), device="meta", lender=lender)
+        for name, tensor in a.tensors().items():
+            if not layer._borrows(name):
+                setattr(layer, name, _frozen(tensor.detach()))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+        return layer
+
+    def _borrows(self, name: str) -> bool:
+        return bool(self._lender) and name.startswith("right_")
+
+    @property
+    def spec(self) -> Spec:
+        return ops.spec_of(self.layout)
+
+    @property
+    def format(self) -> Format:
+        """What the layer holds now, as a format (shares the layer's tensors)."""
+        return ops.assemble([p.detach() for p in self.parts()], self.layout)
+
+    def parts(self) -> list[Tensor]:
+        """The stored tensors in the order of `Format.tensors()`, borrowed ones included."""
+        return [self._lender[0].get_parameter(n) if self._borrows(n) else self.get_parameter(n) for n in self._names]
+
+    def decode(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A, dense [out_features, in_features]."""
+        return self.format.decode(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.gossamer.linear(x, self.parts(), self.layout, self.bias)
+
+    def extra_repr(self) -> str:
+        held = " x ".join(s["format"] for s in (self.spec.get("left"), self.spec.get("right")) if s)
+        return f"{self.in_features}, {self.out_features}, {held or self.spec['format']}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moves to a device, never to a dtype: `fn` sees the stored tensors as bytes, which no cast touches.
+        bias, stored = self.bias, {n: p for n, p in self._parameters.items() if n != "bias" and p is not None}
+        self._parameters = {"bias": bias}
+        super()._apply(fn, recurse)
+        for name, p in stored.items():
+            self._parameters[name] = _moved(p, fn)
+        return self
+
+
+def _moved(p: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    moved = fn(p.detach().view(torch.uint8) if p.ndim else p.detach())
+    return p if moved.device == p.device else _frozen(moved.view(p.dtype))
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Every SparseLinear of a model by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Per sparse layer what a checkpoint's config needs: `spec`, `bias`, and `lender`, the name it borrows from."""
+    layers = sparse_layers(model)
+    names = {id(m): n for n, m in layers.items()}
+    return {
+        name: {"spec": m.spec, "bias": m.bias is not None} | ({"lender": names[id(m._lender[0])]} if m._lender else {})
+        for name, m in layers.items()
+    }
+
+
+def swap(model: nn.Module, described: Mapping[str, Mapping[str, Any]], device: str | None = None) -> None:
+    """Replace the named layers of `model` by empty SparseLinear ones, the inverse of `describe`."""
+    for name, entry in sorted(described.items(), key=lambda item: "lender" in item[1]):
+        old = model.get_submodule(name)
+        lender = model.get_submodule(entry["lender"]) if "lender" in entry else None
+        dtype = getattr(getattr(old, "bias", None), "dtype", None)
+        new = SparseLinear(entry["spec"], entry["bias"], device=device, dtype=dtype, lender=lender)  # type: ignore[arg-type]
+        model.set_submodule(name, new)

@@ -1,0 +1,236 @@
+"""Every command on a tiny model, and every mistake a user can make: one line that names the fix, exit code 2."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gossamer import checkpoint
+from gossamer.cli import app, shrink
+from gossamer.hub import lm_eval
+from gossamer.plan import Plan
+
+SMALL = ["--samples", "4", "--length", "32"]
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "160"})
+
+
+def failed(*args):
+    """The one line that a refused command prints."""
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("Error: "), result.stderr
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def compressed(tiny_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "small"
+    result = run("compress", tiny_folder, "-o", out, "--method", "sparsegpt", "--ratio", "0.2", *SMALL)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_help_is_there_without_torch():
+    # Under a bare package, so that only what the command line itself imports is seen.
+    code = (
+        "import importlib.util, sys, types\n"
+        "bare = types.ModuleType('gossamer')\n"
+        "bare.__path__ = importlib.util.find_spec('gossamer').submodule_search_locations\n"
+        "sys.modules['gossamer'] = bare\n"
+        "from gossamer.cli import app\n"
+        "try:\n    app(['--help'])\nfinally:\n    print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "compress" in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("set()")
+
+
+def test_doctor_prints_every_check_and_fix(monkeypatch):
+    from gossamer import doctor
+
+    checks = [doctor.Check("Python", True, "3.99"), doctor.Check("gguf", False, "for [b]GGUF", "pip install gguf")]
+    monkeypatch.setattr(doctor, "report", lambda: checks)
+    lines = [" ".join(line.split()) for line in run("doctor").stdout.splitlines()]
+    assert lines == ["yes Python 3.99", "no gguf for [b]GGUF", "fix: pip install gguf"]
+
+
+def test_plan_prints_bytes_and_writes_json(tiny_folder, tmp_path):
+    file = tmp_path / "plan.json"
+    rules = ["--rule", "*.down_proj=dense", "--rule", "*.0.*up_proj=:0.4"]
+    args = ["--method", "cospadi", "--ratio", "0.2", *rules, "--knob", "rho=2"]
+    result = run("plan", tiny_folder, *args, "--json", file)
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(file)
+    by_name = {l.name.split("layers.")[1]: l for l in plan.layers}
+    assert by_name["1.mlp.down_proj"].method == "dense"
+    assert by_name["0.mlp.up_proj"].ratio == 0.4
+    assert by_name["1.mlp.up_proj"].knobs == {"rho": 2}
+    assert f"{plan.ratio:.4f}" in result.stdout
+    assert "Estimated peak memory" in result.stdout
+
+
+def test_codes_is_short_for_a_knob(tiny_folder, tmp_path):
+    result = run("plan", tiny_folder, "--method", "cospadi", "--codes", "nm24", "--json", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    assert Plan.load(tmp_path / "plan.json").layers[0].knobs == {"codes": "nm24"}
+
+
+def test_compress_saves_what_it_promised(compressed, tiny_folder):
+    layers = checkpoint.read(compressed)
+    assert len(layers) == 14
+    assert not compressed.with_name("small.work").exists()
+    model = checkpoint.load(compressed)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_auto_prints_the_choice_and_rounding_beside_it(tiny_folder, tmp_path):
+    result = run("compress", tiny_folder, "-o", tmp_path / "out", "--ratio", "0.2", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("<- chosen") == 1
+    assert "int8 rounding, for comparison" in result.stdout
+    assert "loses least of the layers' output energy" in " ".join(result.stdout.split())
+
+
+def test_compress_follows_a_plan_file(tiny_folder, tmp_path):
+    file = tmp_path / "plan.json"
+    run("plan", tiny_folder, "--method", "magnitude", "--rule", "*.1.*=dense", "--json", file)
+    result = run("compress", tiny_folder, "-o", tmp_path / "out", "--plan", file, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert all(".layers.0." in name for name in checkpoint.read(tmp_path / "out"))
+
+
+def test_eval_gives_the_same_perplexity_from_any_spelling_of_the_text(compressed, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 20)
+    result = run("eval", compressed, "--text", text, "--window", 64, "--windows", 3)
+    assert result.exit_code == 0, result.output
+    assert "(token-level, 189 tokens in windows of 64)" in result.stdout
+    assert result.stdout.startswith("perplexity 2")  # a random model: near the vocabulary's 257
+
+
+def test_eval_without_a_text_reads_wikitext(compressed):
+    result = run("eval", compressed, "--window", 16, "--windows", 1)
+    assert "perplexity" in result.stdout, result.output
+
+
+def test_export_loads_without_gossamer(compressed, tmp_path):
+    result = run("export", compressed, tmp_path / "dense")
+    assert result.exit_code == 0, result.output
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert run("eval", tmp_path / "dense", "--window", 16, "--windows", 1).exit_code == 0
+
+
+def test_generate_continues_the_prompt(compressed):
+    result = run("generate", compressed, "--prompt", "[bold]Once", "--tokens", 4)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("[bold]Once")
+
+
+def test_ctrl_c_keeps_the_work_and_says_how_to_resume(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    args = ["compress", tiny_folder, "-o", out, "--method", "sparsegpt", "--ratio", "0.2", *SMALL]
+    code = f"from gossamer.cli import app; app({[str(a) for a in args]!r})"
+    watch = tmp_path / "out.work" / "groups"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.monotonic() + 60
+    while child.poll() is None and time.monotonic() < deadline and not (watch.exists() and any(watch.iterdir())):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGINT)
+    printed, _ = child.communicate(timeout=60)
+    assert child.returncode == 130, printed
+    assert f"to resume:\n  gossamer compress {tiny_folder} -o {out}" in printed
+    assert not out.exists()
+    assert run(*args).exit_code == 0
+
+
+MISTAKES = {
+    "no such folder": (["plan", "{tmp}/nowhere"], "no folder.*fix:"),
+    "an empty folder": (["eval", "{tmp}"], "no config.json.*fix:"),
+    "ratio 0": (["plan", "{model}", "--ratio", "0"], "not between 0 and 1"),
+    "ratio out of reach": (["plan", "{model}", "--method", "svd", "--ratio", "0.999"], "layers.0.*out of reach"),
+    "unknown method": (["plan", "{model}", "--method", "magic"], "unknown method 'magic'; there are: .*cospadi"),
+    "unknown knob": (["plan", "{model}", "--method", "svd", "--knob", "rho=2"], "has no knob rho; it has: .*dtype"),
+    "a knob without value": (["plan", "{model}", "--method", "svd", "--knob", "rho"], "not NAME=VALUE; fix"),
+    "a rule without method": (["plan", "{model}", "--rule", "*.mlp"], "not PATTERN=METHOD:RATIO; fix"),
+    "a rule for nothing": (["plan", "{model}", "--rule", "*.conv=dense"], "matches no layer"),
+    "a full output folder": (["compress", "{model}", "-o", "{model}"], "exists and is not empty; fix"),
+    "a missing text": (["compress", "{model}", "-o", "{tmp}/x", "--calibration", "{tmp}/no.txt"], "no.txt"),
+    "a short text": (["compress", "{model}", "-o", "{tmp}/x", "--calibration", "{tmp}/short.txt"], "5 tokens.*fix"),
+    "a binary text": (["eval", "{model}", "--text", "{tmp}/binary.txt"], "no UTF-8 text.*fix"),
+    "too many windows": (["eval", "{model}", "--text", "{tmp}/short.txt"], "has 5 tokens, 1,024 are needed.*fix"),
+    "another device": (["eval", "{model}", "--device", "tpu9"], "device 'tpu9' cannot be used.*fix"),
+    "another dtype": (["eval", "{model}", "--dtype", "float7"], "unknown dtype 'float7'"),
+    "a damaged plan": (["compress", "{model}", "-o", "{tmp}/x", "--plan", "{tmp}/short.txt"], "not JSON.*fix"),
+    "a rule beside a plan": (
+        ["compress", "{model}", "-o", "{tmp}/x", "--plan", "p", "--rule=*=svd"],
+        "--rule beside --plan",
+    ),
+    "a damaged config": (["eval", "{tmp}/damaged"], "damaged.config.json.*fix"),
+    "a pickle": (["eval", "{tmp}/pickle"], "pickle.*pickles are refused"),
+    "export of a dense model": (["export", "{model}", "{tmp}/x"], "no Gossamer checkpoint.*fix"),
+    "an empty prompt": (["generate", "{model}", "--prompt", ""], "prompt is empty; fix"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_fix(mistake, tiny_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"\x80")
+    args, pattern = MISTAKES[mistake]
+    line = failed(*(a.format(tmp=tmp_path, model=tiny_folder) for a in args))
+    assert re.search(pattern, line), line
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_run_in_the_work_folder_is_refused(tiny_folder, tmp_path):
+    work = tmp_path / "work"
+    base = ["compress", tiny_folder, "--method", "magnitude", "--work", work, *SMALL]
+    assert run(*base, "-o", tmp_path / "a", "--ratio", "0.2").exit_code == 0
+    assert work.exists()
+    assert "holds another run" in failed(*base, "-o", tmp_path / "b", "--ratio", "0.3")
+    assert run(*base, "-o", tmp_path / "b", "--ratio", "0.3", "--fresh").exit_code == 0
+
+
+@pytest.mark.parametrize("where", ["front", "back"])
+def test_debug_shows_the_traceback(where, tmp_path):
+    args = ["plan", str(tmp_path / "nowhere")]
+    result = run("--debug", *args) if where == "front" else run(*args, "--debug")
+    assert isinstance(result.exception, ValueError | OSError)
+
+
+def test_tasks_without_lm_eval_name_the_extra(compressed, monkeypatch):
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    assert 'fix: pip install "gossamer[eval]"' in failed("eval", compressed, "--tasks", "piqa")
+
+
+def test_task_results_become_plain_numbers():
+    raw = {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 1, "sample_len": 9}
+    assert lm_eval.numbers(raw) == {"acc": 0.5, "acc_norm": 1.0}
+
+
+def test_knobs_are_json_where_they_can_be():
+    assert shrink.parse_knobs(["rho=2.5", "share=false", "codes=nm24"]) == {"rho": 2.5, "share": False, "codes": "nm24"}
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "ratio"), [("*.v=svd:0.1", "svd", 0.1), ("*.v=dense", "dense", None), ("*.v=:0.5", None, 0.5)]
+)
+def test_rules(text, method, ratio):
+    rule = shrink.parse_rule(text)
+    assert (rule.pattern, rule.method, rule.ratio) == ("*.v", method, ratio)

@@ -1,0 +1,84 @@
+"""What runs on the CPU runs the same on a GPU: formats, ops, methods, one whole compression."""
+
+import pytest
+import torch
+
+from gossamer import formats, methods, nn, ops, patterns
+from gossamer.kernels import reference
+from gossamer.stats import Stats
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(17, 29, 0.5), (64, 128, 0.0), (33, 64, 1.0), (1, 7, 0.5), (0, 8, 0.5)]
+
+
+def sparse(m: int, k: int, density: float, dtype: torch.dtype) -> torch.Tensor:
+    a = torch.randn(m, k) * (torch.rand(m, k) < density)
+    return torch.where(patterns.nm(a.abs()), a, 0).to(dtype)
+
+
+@pytest.mark.parametrize("name", formats.registry.names())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k", "density"), SHAPES)
+def test_formats_are_the_same_bits_on_both_devices(
+    name: str, dtype: torch.dtype, m: int, k: int, density: float
+) -> None:
+    a = sparse(m, k, density, dtype)
+    here, there = formats.registry[name].encode(a), formats.registry[name].encode(a.cuda())
+    there.validate()
+    assert here.spec() == there.spec()
+    for one, other in zip(here.tensors().values(), there.tensors().values(), strict=True):
+        assert torch.equal(one, other.cpu())
+    assert torch.equal(there.decode().cpu(), a + 0.0)
+
+
+@pytest.mark.parametrize("name", formats.registry.names())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_on_streams_and_in_graphs(name: str, dtype: torch.dtype) -> None:
+    a = sparse(48, 64, 0.5, dtype).cuda()
+    layer = nn.SparseLinear.from_format(formats.registry[name].encode(a), torch.randn(48, dtype=dtype, device="cuda"))
+    x = torch.randn(5, 64, dtype=dtype, device="cuda")
+    expected = x.double() @ a.double().mT + layer.bias.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=5 * tolerance)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = layer(x)
+    stream.synchronize()
+    assert torch.equal(other, layer(x))
+
+
+def test_layers_move_between_devices_without_a_change() -> None:
+    layer = nn.SparseLinear.from_format(formats.registry["bitmask"].encode(sparse(48, 64, 0.5, torch.bfloat16)))
+    before = layer.decode()
+    moved = layer.cuda().to(torch.float16)
+    assert moved.weight.is_cuda and moved.weight.dtype == torch.bfloat16
+    assert torch.equal(moved.decode().cpu(), before)
+    assert torch.equal(layer.cpu().decode(), before)
+
+
+def test_compiled_whole_with_gradient() -> None:
+    layer = nn.SparseLinear.from_format(formats.registry["bitmask"].encode(sparse(48, 64, 0.5, torch.float32).cuda()))
+    x = torch.randn(5, 64, device="cuda", requires_grad=True)
+    torch.compile(layer, fullgraph=True)(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.decode().sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", methods.registry.names())
+def test_methods_fit_as_well_as_on_the_cpu(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    weight, gram = torch.randn(96, 64, generator=generator), (x.mT @ x).double()
+    here = methods.create(name).fit([weight], Stats(gram, 512), 0.3)[0]
+    there = methods.create(name).fit([weight.cuda()], Stats(gram.cuda(), 512), 0.3)[0]
+    assert there.nbytes == here.nbytes
+    errors = [Stats(gram, 512).relative_error(weight, f.decode(torch.float32).cpu()) for f in (here, there)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_op_equals_the_reference_kernel() -> None:
+    found = formats.registry["product"].encode(torch.randn(9, 21).cuda())
+    x, parts = torch.randn(4, 21, device="cuda"), list(found.tensors().values())
+    y = torch.ops.gossamer.linear(x, parts, ops.to_layout(found.spec()), None)
+    assert torch.equal(y, reference.linear(x, found))

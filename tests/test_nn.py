@@ -1,0 +1,211 @@
+"""SparseLinear and the ops beneath it, for every format in the folder."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer import formats, ops, patterns
+from gossamer.formats import Format
+from gossamer.formats.product import Product
+from gossamer.nn import SparseLinear, describe, sparse_layers, swap
+
+FORMATS = formats.registry.names()
+M, K = 12, 20
+
+
+def stored(name: str, dtype: torch.dtype = torch.float32, m: int = M, k: int = K) -> Format:
+    """A random matrix that every format can hold (2:4 sparse), stored in format `name`."""
+    torch.manual_seed(len(name))
+    weight = torch.randn(m, k)
+    return formats.registry[name].encode((weight * patterns.nm(weight.abs())).to(dtype))
+
+
+def product(dtype: torch.dtype = torch.float32) -> Product:
+    """Sparse codes times a dense dictionary of rank 8."""
+    left = formats.registry["bitmask"].encode((torch.randn(M, 8) * (torch.rand(M, 8) < 0.5)).to(dtype))
+    return Product.of(left, formats.registry["dense"].encode(torch.randn(8, K).to(dtype)))
+
+
+@pytest.fixture(params=FORMATS)
+def a(request: pytest.FixtureRequest) -> Format:
+    return stored(request.param)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_is_the_dense_product(a: Format, bias: bool) -> None:
+    b = torch.randn(M) if bias else None
+    x = torch.randn(2, 3, K)
+    expected = nn.functional.linear(x, a.decode(), b)
+    torch.testing.assert_close(SparseLinear.from_format(a, b)(x), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_arithmetic_follows_x(a: Format, kind: torch.dtype) -> None:
+    layer, x = SparseLinear.from_format(a, torch.randn(M)), torch.randn(5, K, dtype=kind)
+    y = layer(x)
+    assert y.dtype == kind
+    exact = nn.functional.linear(x.double(), a.decode(torch.float64), layer.bias.double())
+    # One rounding at the end: half an ulp of the widest answer, whatever x is stored in.
+    wide = kind if kind == torch.float64 else torch.float32
+    bound = torch.finfo(kind).eps * exact.abs().max() + 64 * torch.finfo(wide).eps
+    assert (y.double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("shape", [(0, K), (2, 0, K), (K,), (1, K), (2, 3, 4, K)])
+def test_shapes_of_x(a: Format, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    y = SparseLinear.from_format(a)(x)
+    assert y.shape == (*shape[:-1], M)
+    torch.testing.assert_close(y, x @ a.decode().mT)
+
+
+def test_x_of_any_strides(a: Format) -> None:
+    x = torch.randn(K, 2, 6).permute(2, 1, 0)[::2]
+    assert not x.is_contiguous()
+    torch.testing.assert_close(SparseLinear.from_format(a)(x), x @ a.decode().mT)
+
+
+def test_wrong_number_of_features(a: Format) -> None:
+    with pytest.raises(ValueError, match=f"x has {K + 1} features .* the weight takes {K}"):
+        SparseLinear.from_format(a)(torch.randn(3, K + 1))
+
+
+def test_gradient_is_that_of_the_dense_layer(a: Format) -> None:
+    layer, x = SparseLinear.from_format(a, torch.randn(M)), torch.randn(2, 3, K, requires_grad=True)
+    layer.bias.requires_grad_()
+    dense, x2 = nn.Linear(K, M), x.detach().clone().requires_grad_()
+    dense.weight.data, dense.bias.data = a.decode(), layer.bias.detach().clone()
+    upstream = torch.randn(2, 3, M)
+    layer(x).backward(upstream)
+    dense(x2).backward(upstream)
+    torch.testing.assert_close(x.grad, x2.grad)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    assert all(p.grad is None for n, p in layer.named_parameters() if n != "bias")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradcheck(name: str) -> None:
+    layer = SparseLinear.from_format(stored(name, torch.float64, 4, 8))
+    x, bias = torch.randn(3, 8, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+
+    def run(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.ops.gossamer.linear(x, layer.parts(), layer.layout, bias)
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), bias.requires_grad_()))
+
+
+def test_opcheck(a: Format) -> None:
+    parts, layout = list(a.tensors().values()), ops.to_layout(a.spec())
+    x, bias = torch.randn(2, 3, K, requires_grad=True), torch.randn(M, requires_grad=True)
+    torch.library.opcheck(torch.ops.gossamer.linear.default, (x, parts, layout, bias))
+    torch.library.opcheck(torch.ops.gossamer.linear.default, (x, parts, layout, None))
+    torch.library.opcheck(torch.ops.gossamer.decode.default, (parts, layout, torch.float64))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compile_keeps_the_graph_whole(a: Format, bias: bool) -> None:
+    model = nn.Sequential(SparseLinear.from_format(a, torch.randn(M) if bias else None), nn.ReLU())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (3, 5):
+        x = torch.randn(batch, K, requires_grad=True)
+        x2 = x.detach().clone().requires_grad_()
+        torch.testing.assert_close(compiled(x), model(x2), rtol=0, atol=0)
+        compiled(x).sum().backward()
+        model(x2).sum().backward()
+        torch.testing.assert_close(x.grad, x2.grad)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dtype_moves_keep_the_stored_tensors(name: str) -> None:
+    layer = SparseLinear.from_format(stored(name, torch.bfloat16), torch.randn(M))
+    before = {n: p.detach().clone() for n, p in layer.named_parameters() if n != "bias"}
+    for move, dtype in [
+        (lambda m: m.half(), torch.float16),
+        (lambda m: m.double(), torch.float64),
+        (lambda m: m.to(torch.bfloat16), torch.bfloat16),
+        (lambda m: m.to("cpu", torch.float32), torch.float32),
+    ]:
+        move(nn.Sequential(layer))
+        assert layer.bias is not None and layer.bias.dtype == dtype
+        for tensor, kept in before.items():
+            found = layer.get_parameter(tensor)
+            assert found.dtype == kept.dtype and torch.equal(found, kept)
+
+
+def test_device_moves_move_everything(a: Format) -> None:
+    layer = SparseLinear.from_format(a, torch.randn(M)).to("meta")
+    assert all(p.is_meta for p in layer.parts()) and layer.bias is not None and layer.bias.is_meta
+    layer.to_empty(device="cpu")
+    for p, (shape, dtype) in zip(layer.parts(), formats.layout(layer.spec).values(), strict=True):
+        assert not p.is_meta and tuple(p.shape) == shape and p.dtype == dtype and not p.requires_grad
+
+
+def test_state_dict_round_trip(a: Format) -> None:
+    first = SparseLinear.from_format(a, torch.randn(M))
+    second = SparseLinear(first.spec, bias=True)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, K)
+    assert torch.equal(first(x), second(x))
+    assert list(first.state_dict()) == [*a.tensors(), "bias"]
+
+
+def test_deepcopy_is_independent(a: Format) -> None:
+    layer = SparseLinear.from_format(a)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin.decode(), layer.decode())
+    assert all(p.data_ptr() != q.data_ptr() for p, q in zip(layer.parts(), twin.parts(), strict=True) if p.numel())
+
+
+def borrowing() -> nn.Sequential:
+    """Two layers of one dictionary, the second borrows it from the first."""
+    torch.manual_seed(0)
+    first = product()
+    second = Product.of(stored("bitmask", m=6, k=8), first.right)
+    lender = SparseLinear.from_format(first)
+    return nn.Sequential(lender, nn.Identity(), SparseLinear.from_format(second, lender=lender))
+
+
+def test_a_borrowed_dictionary_is_stored_once() -> None:
+    model = borrowing()
+    assert [n for n in model.state_dict() if "right_" in n] == ["0.right_weight"]
+    assert model[2].parts()[-1] is model[0].right_weight
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert held == formats.nbytes(layer.format for layer in sparse_layers(model).values())
+
+
+def test_a_borrowed_dictionary_follows_its_lender() -> None:
+    model = borrowing()
+    expected = model[2](x := torch.ones(2, K))
+    with torch.no_grad():
+        model[0].right_weight.mul_(2)
+    torch.testing.assert_close(model[2](x), 2 * expected)
+
+
+def test_deepcopy_of_a_borrower_borrows_from_the_copy() -> None:
+    model = borrowing()
+    twin = copy.deepcopy(model)
+    assert twin[2].parts()[-1] is twin[0].right_weight
+    assert twin[0].right_weight is not model[0].right_weight
+    x = torch.randn(2, K)
+    assert torch.equal(twin[2](x), model[2](x))
+
+
+def test_describe_and_swap_are_inverse() -> None:
+    model = borrowing()
+    described = describe(model)
+    assert described["2"]["lender"] == "0"
+    skeleton = nn.Sequential(nn.Linear(K, M, bias=False), nn.Identity(), nn.Linear(K, 6, bias=False))
+    swap(skeleton, described)
+    assert describe(skeleton) == described
+    skeleton.load_state_dict(model.state_dict())
+    x = torch.randn(2, K)
+    assert torch.equal(skeleton[2](x), model[2](x))
+
+
+def test_swap_makes_the_bias_of_the_layer_it_replaces() -> None:
+    spec = stored("bitmask").spec()
+    model = nn.Sequential(nn.Linear(K, M, dtype=torch.float16))
+    swap(model, {"0": {"spec": spec, "bias": True}}, device="meta")
+    assert model[0].bias.dtype == torch.float16 and model[0].bias.is_meta
