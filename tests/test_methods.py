@@ -107,8 +107,8 @@ def test_one_dictionary_per_group(codes: str) -> None:
 def test_exactly_s_entries_a_row() -> None:
     weight, stats, _ = layer()
     for solver in ("fast", "ksvd"):
-        method = methods.create("cospadi", solver=solver, iterations=3)
-        k, s = method._atoms([(96, 64)], 0.3)
+        method = methods.create("cospadi", solver=solver, side="in", iterations=3)
+        k, s = (budget := method._budget([(96, 64)], 0.3)).k, budget.s
         left = method.fit([weight], stats, 0.3)[0].left
         assert isinstance(left, Bitmask) and left.shape == (96, k)
         assert ((left.decode() != 0).sum(1) == s).all()
@@ -134,7 +134,8 @@ def test_bad_knobs_are_refused() -> None:
         ({"codes": "csr"}, "codes is"),
         ({"solver": "adam"}, "solver is"),
         ({"rho": 0.5}, "at least 1"),
-        ({"codes": "nm24", "solver": "ksvd"}, "free supports only"),
+        ({"side": "in", "codes": "nm24", "solver": "ksvd"}, "free supports"),
+        ({"side": "out"}, "side is"),
     ):
         with pytest.raises(ValueError, match=text):
             methods.create("cospadi", **knobs)

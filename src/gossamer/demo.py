@@ -43,8 +43,8 @@ class Scale:
     length: int = 1024
     windows: int = 16
     window: int = 1024
-    tokens: int = 24
-    repeats: int = 3
+    tokens: int = 20
+    repeats: int = 2
 
 
 QUICK = Scale(samples=2, length=64, windows=2, window=64, tokens=4, repeats=1)
@@ -150,7 +150,7 @@ def _measure(
     bar = progress.add_task(f"{name}: perplexity", total=scale.windows)
     quality = perplexity(model, ids, scale.window, scale.windows, lambda done, _: progress.update(bar, completed=done))
     progress.update(bar, description=f"{name}: speed and sample")
-    speed = tokens_per_second(model, ids[:16], max(scale.tokens // 3, 2), scale.repeats)
+    speed = tokens_per_second(model, ids[:16], max(scale.tokens // 4, 2), scale.repeats)
     sample = complete(model, tokenizer, PROMPT, scale.tokens)
     progress.remove_task(bar)
     return Row(name, stored, 1 - stored / dense_bytes, quality.value, speed.tokens_per_second, sample)

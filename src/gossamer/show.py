@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -39,32 +40,34 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def columns(*titles: str, left: int = 1, title: str | None = None) -> Table:
+def columns(*titles: str, left: int = 1) -> Table:
     """An empty table; the first `left` columns are text, the others numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
     for i, name in enumerate(titles):
-        table.add_column(name, justify="left" if i < left else "right")
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=True)
     return table
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan) -> Group:
     """Bytes before and after per type of layer, and in all."""
-    table = columns("layer", "method", "count", "shape", "ratio", "before", "after", left=2)
+    table, shared = columns("layer", "method", "count", "shape", "ratio", "before", "after", left=2), False
     for r in plan.rows():
-        shape, ratio = " x ".join(map(str, r["shape"])), 1 - r["stored_bytes"] / r["dense_bytes"]
-        before, after = size(r["dense_bytes"]), size(r["stored_bytes"])
         # A terminal has 80 columns, and the way to the block is the same for all.
-        name = r["layer"].rpartition(".*.")[2]
-        table.add_row(name, r["method"], str(r["count"]), shape, f"{ratio:.4f}", before, after)
+        name, shape = r["layer"].rpartition(".*.")[2], " x ".join(map(str, r["shape"]))
+        before, after = r["dense_bytes"], r["stored_bytes"]
+        shared |= after > before
+        table.add_row(name, r["method"], str(r["count"]), shape, f"{r['ratio']:.4f}", size(before), size(after))
     table.add_section()
     total, stored = size(plan.dense_bytes), size(plan.stored_bytes)
-    table.add_row("all block linears", "", str(len(plan.layers)), "", f"{plan.ratio:.4f}", total, stored, style="bold")
-    return table
+    table.add_row("all of them", "", str(len(plan.layers)), "", f"{plan.ratio:.4f}", total, stored, style="bold")
+    note = ["What layers share, a dictionary, is counted with the first of them."] if shared else []
+    return Group(table, *note)
 
 
 def choice_table(choice: Choice) -> Table:
     """What every method lost in the trial, and rounding beside them; the method chosen is marked."""
-    table = columns("", "output energy lost", "ratio", title=f"Tried on {', '.join(choice.blocks)}")
+    blocks = ", ".join(name.rpartition(".")[2] for name in choice.blocks)
+    table = columns(f"tried on blocks {blocks}", "output energy lost", "ratio")
     for t in choice.trials:
         lost = "out of reach" if t.error == float("inf") else f"{t.error:.3%}"
         mark = " <- chosen" if t.method == choice.method else ""

@@ -90,14 +90,16 @@ def compress(
     place = work or out.with_name(out.name + ".work")
     count = samples or (BUILTIN_SAMPLES if calibration == BUILTIN else SAMPLES)
     how = {"samples": count, "length": length, "sequential": sequential, "device": device, "fresh": fresh}
+    reports: list[Report] = []  # printed after the bars, which take over the terminal
     try:
         with follow() as progress:
-            run(live, text, made, tokenizer=tokenizer, work=place, progress=progress, report=_print_report, **how)
+            run(live, text, made, tokenizer=tokenizer, work=place, progress=progress, report=reports.append, **how)
     except KeyboardInterrupt:
         again = shlex.join(["gossamer", *(a for a in ctx.obj if a != "--fresh")])
         text = f"\nInterrupted; what is done is kept in {place}. Run the same command again to resume:\n  {again}"
         console.print(text, soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(130) from None
+    _print_report(*reports)
     save(live, out, tokenizer=tokenizer)
     if work is None:
         shutil.rmtree(place)

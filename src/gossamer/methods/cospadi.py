@@ -1,12 +1,14 @@
 """`cospadi`: weight = codes x dictionary, fitted to what calibration saw (CoSpaDi, arXiv 2509.22075).
 
 For y = x W^T with C C^T the Gram of x, find codes S [out, k] with s entries a row and atoms B [k, in] that minimise
-||(W - S B) C||_F (section 3, eq. 6, transposed). Stored: S as a bitmask (or 2:4), B dense; every mask bit is counted.
+||(W - S B) C||_F (section 3, eq. 6, transposed). Where a weight has fewer outputs than inputs the dictionary goes on
+the other side, W = U S with s entries a column (see `_outer`). Stored: codes as a bitmask (or 2:4), the dictionary
+dense; every mask bit is counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,21 +22,22 @@ from ..formats.dense import Dense
 from ..formats.nm24 import NM
 from ..formats.product import Product
 from ..stats import Stats
-from . import Method, RatioError, Shape, _dictionary, _ksvd, dense_bytes
-
-Pair = tuple[Tensor, Tensor]  # root of a Gram and its inverse
+from . import Method, RatioError, Shape, _dictionary, _ksvd, _outer, dense_bytes
 
 
 @dataclass(frozen=True)
 class CoSpaDi(Method):
-    """`rho` = k / s, atoms per non-zero of a code (2:4 codes have 2). `share`: one dictionary per group.
+    """`rho` = k / s, atoms per non-zero of a code (2:4 codes have 2). `share`: one right factor per group.
 
-    `codes`: "bitmask" or "nm24". `solver`: "fast" (`_dictionary`) or "ksvd" (the paper's, `_ksvd`).
-    `iterations`: alternations, None for the solver's own (30 fast, 60 ksvd).
+    `side`: "short" puts the dictionary on the short side of the weight, "in" on the inputs always, as the paper does.
+    `codes`: "bitmask" or "nm24". `solver`: "fast" (`_dictionary`, `_outer`) or "ksvd" (the paper's, `_ksvd`).
+    `iterations`: alternations, None for the solver's own (30 fast, 60 ksvd); `procrustes` rounds before them and
+    conjugate gradient `steps` in each belong to the fast solver.
     """
 
     rho: float = 2.5
     share: bool = True
+    side: str = "short"
     codes: str = "bitmask"
     solver: str = "fast"
     iterations: int | None = None
@@ -45,14 +48,13 @@ class CoSpaDi(Method):
     name: ClassVar[str] = "cospadi"
 
     def __post_init__(self) -> None:
-        if self.codes not in ("bitmask", "nm24"):
-            raise ValueError(f"cospadi: codes is 'bitmask' or 'nm24', not '{self.codes}'")
-        if self.solver not in ("fast", "ksvd"):
-            raise ValueError(f"cospadi: solver is 'fast' or 'ksvd', not '{self.solver}'")
+        for knob, known in (("side", ("short", "in")), ("codes", ("bitmask", "nm24")), ("solver", ("fast", "ksvd"))):
+            if getattr(self, knob) not in known:
+                raise ValueError(f"cospadi: {knob} is {' or '.join(map(repr, known))}, not '{getattr(self, knob)}'")
         if self.rho < 1:
             raise ValueError(f"cospadi: rho = k / s is at least 1, not {self.rho}")
-        if self.codes == "nm24" and self.solver == "ksvd":
-            raise ValueError("cospadi: solver='ksvd' finds free supports only; use codes='bitmask'")
+        if self.solver == "ksvd" and (self.codes, self.side) != ("bitmask", "in"):
+            raise ValueError("cospadi: solver='ksvd' finds free supports on the inputs; add side='in', codes='bitmask'")
 
     @property
     def shares(self) -> bool:  # type: ignore[override]
@@ -60,9 +62,8 @@ class CoSpaDi(Method):
 
     def size(self, shapes: Sequence[Shape], ratio: float) -> list[int]:
         if not self.share:
-            return [sum(self._bytes((shape,), *self._atoms((shape,), ratio))) for shape in shapes]
-        dictionary, *codes = self._bytes(shapes, *self._atoms(shapes, ratio))
-        return [dictionary + codes[0], *codes[1:]]
+            return [sum(self._budget([shape], ratio).sizes()) for shape in shapes]
+        return self._budget(shapes, ratio).sizes()
 
     def fit(self, group: Sequence[Tensor], stats: Stats | None, ratio: float) -> list[Format]:
         return self.fit_many([group], [stats], ratio)[0]
@@ -70,78 +71,149 @@ class CoSpaDi(Method):
     def fit_many(
         self, groups: Sequence[Sequence[Tensor]], stats: Sequence[Stats | None], ratio: float
     ) -> list[list[Format]]:
-        roots = [seen.root() for seen in stats if seen is not None]
-        if len(roots) < len(groups):
+        seen = [s for s in stats if s is not None]
+        if len(seen) < len(groups):
             raise ValueError("cospadi needs calibration statistics")
         if self.share:
-            return self._fit(groups, roots, ratio)
+            return self._fit(groups, seen, ratio)
         # Each place in the group is a problem of its own, with one shape across the groups.
-        places = [self._fit([[w] for w in place], roots, ratio) for place in zip(*groups, strict=True)]
+        places = [self._fit([[w] for w in place], seen, ratio) for place in zip(*groups, strict=True)]
         return [[found[0] for found in group] for group in zip(*places, strict=True)]
 
-    def _fit(self, groups: Sequence[Sequence[Tensor]], roots: list[Pair], ratio: float) -> list[list[Format]]:
-        """One dictionary per group."""
-        k, s = self._atoms([(w.shape[0], w.shape[1]) for w in groups[0]], ratio)
-        scaled = [_balanced([w.double() @ r for w in g]) for g, (r, _) in zip(groups, roots, strict=True)]
-        codes, atoms = self.solve(torch.stack([a.float() for a, _ in scaled]), k, s)
-        solved = zip(groups, codes, atoms, scaled, roots, strict=True)
-        return [self._store(g, c.double() / size, b.double() @ back) for g, c, b, (_, size), (_, back) in solved]
+    def _fit(self, groups: Sequence[Sequence[Tensor]], stats: Sequence[Stats], ratio: float) -> list[list[Format]]:
+        """One right factor per group."""
+        budget = self._budget([(w.shape[0], w.shape[1]) for w in groups[0]], ratio)
+        solve = self._on_outputs if budget.outer else self._on_inputs
+        scaled = [_balanced(g, s) for g, s in zip(groups, stats, strict=True)]
+        factors = solve([rows for rows, _ in scaled], stats, budget)
+        stored = dtype_of(self.dtype)
+        found = []
+        for group, (_, size), (left, right) in zip(groups, scaled, factors, strict=True):
+            shared = budget.right((right).to(stored))
+            lefts = (left.double() / size).to(stored).split([w.shape[0] for w in group])
+            found.append([Product.of(budget.left(each), shared) for each in lefts])
+        return found
 
-    def _store(self, group: Sequence[Tensor], codes: Tensor, atoms: Tensor) -> list[Format]:
-        right = Dense.encode(atoms.to(dtype_of(self.dtype)))
-        rows = codes.to(dtype_of(self.dtype)).split([w.shape[0] for w in group])
-        return [Product.of(self._encode(r), right) for r in rows]
+    def _on_inputs(self, rows: list[Tensor], stats: Sequence[Stats], budget: _Budget) -> list[Pair]:
+        roots = [s.root() for s in stats]
+        whitened = torch.stack([(w @ root).float() for w, (root, _) in zip(rows, roots, strict=True)])
+        codes, atoms = self.solve(whitened, budget.k, budget.s)
+        return [(c, b.double() @ inverse) for c, b, (_, inverse) in zip(codes, atoms, roots, strict=True)]
 
-    def solve(self, a: Tensor, k: int, s: int) -> tuple[Tensor, Tensor]:
+    def solve(self, a: Tensor, k: int, s: int) -> Pair:
         """(codes [b, M, k], atoms [b, k, K]) for a batch of whitened weights [b, M, K] of one shape."""
         if self.solver == "ksvd":
             return _ksvd.learn(a, k, s, self.iterations or 60)
-        return _dictionary.learn(a, k, self._select(s), self.iterations or 30, self.procrustes, self.steps)
+        select = self._select(lambda scores: patterns.top_per_row(scores, s))
+        return _dictionary.learn(a, k, select, self._rounds, self.procrustes, self.steps)
 
-    def _select(self, s: int) -> _dictionary.Select:
-        if self.codes == "nm24":
-            return lambda scores: patterns.nm(scores, 2, 4)
-        return lambda scores: patterns.top_per_row(scores, s)
+    def _on_outputs(self, rows: list[Tensor], stats: Sequence[Stats], budget: _Budget) -> list[Pair]:
+        grams = [s.damped() for s in stats]
+        # In units of each input's own size: the Gram has a unit diagonal, and scores compare across columns.
+        sizes = [g.diagonal().sqrt() for g in grams]
+        w = torch.stack([(r * d).float() for r, d in zip(rows, sizes, strict=True)])
+        gram = torch.stack([(g / d / d[:, None]).float() for g, d in zip(grams, sizes, strict=True)])
+        select = self._select(lambda scores: patterns.top_per_row(scores.mT, budget.s).mT)
+        atoms, codes = _outer.learn(w, gram, budget.k, select, self._rounds, self.steps)
+        return [(u, s.double() / d) for u, s, d in zip(atoms, codes, sizes, strict=True)]
 
-    def _encode(self, codes: Tensor) -> Format:
-        return NM.encode(codes) if self.codes == "nm24" else Bitmask.encode(codes)
+    def _select(self, free: _dictionary.Select) -> _dictionary.Select:
+        return patterns.nm if self.codes == "nm24" else free
 
-    def _atoms(self, shapes: Sequence[Shape], ratio: float) -> tuple[int, int]:
-        """(k, s): the largest dictionary at this rho that fits the budget, then the codes that fill it."""
-        budget = int((1 - ratio) * sum(map(dense_bytes, shapes)))
-        rows, width = sum(m for m, _ in shapes), shapes[0][1]
-        rho, grain = (2.0, 4) if self.codes == "nm24" else (self.rho, 1)
-        item = dtype_of(self.dtype).itemsize
-        k = int(budget / (item * width + rows * (item / rho + 1 / 8))) // grain * grain + grain
-        while k > 0 and (s := self._entries(shapes, k, budget)) < k / rho - 1e-9:
-            k -= grain
-        if k < grain or s < 1:
-            raise RatioError(f"cospadi: ratio {ratio} is out of reach for {list(shapes)}; ask for a smaller one")
-        return k, s
+    @property
+    def _rounds(self) -> int:
+        return self.iterations or 30
 
-    def _entries(self, shapes: Sequence[Shape], k: int, budget: int) -> int:
-        """Entries per code that the budget leaves beside k atoms; 2:4 codes have k/2 if that fits at all."""
-        if self.codes == "nm24":
-            return k // 2 if sum(self._bytes(shapes, k, k // 2)) <= budget else 0
-        left = budget - sum(self._bytes(shapes, k, 0))
-        return min(k, left // (dtype_of(self.dtype).itemsize * sum(m for m, _ in shapes)))
+    def _budget(self, shapes: Sequence[Shape], ratio: float) -> _Budget:
+        """The largest dictionary at this rho that fits, then the codes that fill what is left."""
+        outer = self.side == "short" and sum(m for m, _ in shapes) < shapes[0][1]
+        limit = int((1 - ratio) * sum(map(dense_bytes, shapes)))
+        sparse = self.codes == "nm24"
+        rho, grain = (2.0, 1 if outer else 4) if sparse else (self.rho, 1)
+        empty = _Budget(tuple(shapes), outer, sparse, dtype_of(self.dtype).itemsize, 0, 0)
+        for k in range(empty.most(limit, rho) // grain * grain, 0, -grain):
+            found = empty.filled(k, limit)
+            if found and found.s >= k / rho - 1e-9:
+                return found
+        raise RatioError(f"cospadi: ratio {ratio} is out of reach for {list(shapes)}; ask for a smaller one")
 
-    def _bytes(self, shapes: Sequence[Shape], k: int, s: int) -> list[int]:
-        """Stored bytes: the dictionary, then each matrix's codes."""
-        item = dtype_of(self.dtype).itemsize
-        if self.codes == "nm24":
-            codes = [NM.size((m, k), itemsize=item) for m, _ in shapes]
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """How many atoms (`k`) and entries per code (`s`) the bytes of a group buy, and how the factors are stored."""
+
+    shapes: tuple[Shape, ...]
+    outer: bool  # the dictionary is the left factor
+    sparse24: bool
+    itemsize: int
+    k: int
+    s: int
+
+    @property
+    def rows(self) -> int:
+        return sum(m for m, _ in self.shapes)
+
+    @property
+    def width(self) -> int:
+        return self.shapes[0][1]
+
+    @property
+    def codes(self) -> int:
+        """How many codes there are: one per output, or per input where the dictionary is on the outputs."""
+        return self.width if self.outer else self.rows
+
+    def most(self, limit: int, rho: float) -> int:
+        """An upper bound on k; on the outputs there are never more atoms than outputs."""
+        length = self.rows if self.outer else self.width
+        bound = int(limit / (self.itemsize * length + self.codes * (self.itemsize / rho + 1 / 8))) + 8
+        return min(bound, self.rows) if self.outer else bound
+
+    def filled(self, k: int, limit: int) -> _Budget | None:
+        """With k atoms and as many entries per code as fit; None if there is no room for one (or for 2:4)."""
+        full = _Budget(self.shapes, self.outer, self.sparse24, self.itemsize, k, k // 2 if self.sparse24 else 0)
+        left = limit - sum(full.sizes())
+        if self.sparse24:
+            return full if left >= 0 and full.s else None
+        s = min(k, left // (self.itemsize * self.codes))
+        return _Budget(self.shapes, self.outer, False, self.itemsize, k, s) if s >= 1 else None
+
+    def sizes(self) -> list[int]:
+        """Stored bytes per weight, the right factor counted for the first."""
+        if self.outer:
+            parts = [m * self.k * self.itemsize for m, _ in self.shapes]
+            right = self._sparse((self.k, self.width))
         else:
-            codes = [Bitmask.size((m, k), m * s, item) for m, _ in shapes]
-        return [k * shapes[0][1] * item, *codes]
+            parts = [self._sparse((m, self.k)) for m, _ in self.shapes]
+            right = self.k * self.width * self.itemsize
+        return [right + parts[0], *parts[1:]]
+
+    def _sparse(self, shape: Shape) -> int:
+        if self.sparse24:
+            return NM.size(shape, itemsize=self.itemsize)
+        return Bitmask.size(shape, (shape[1] if self.outer else shape[0]) * self.s, self.itemsize)
+
+    def left(self, a: Tensor) -> Format:
+        return Dense.encode(a) if self.outer else self._encode(a)
+
+    def right(self, a: Tensor) -> Format:
+        return self._encode(a) if self.outer else Dense.encode(a)
+
+    @property
+    def _encode(self) -> Callable[[Tensor], Format]:
+        return NM.encode if self.sparse24 else Bitmask.encode
 
 
-def _balanced(whitened: list[Tensor]) -> Pair:
-    """The matrices of a group on top of each other, each scaled by ||.||^-1/2, and the scale [rows, 1].
+def _balanced(group: Sequence[Tensor], stats: Stats) -> Pair:
+    """The weights of a group on top of each other, float64, each scaled by ||W C||^-1/2, and the scale [rows, 1].
 
-    Half way between equal absolute and equal relative errors. In absolute terms v, a hundred times smaller than q, would
-    be left to what the dictionary learns for q: on SmolLM2 at ratio 0.3 this halving of exponents takes 5 % off the gap.
+    Half way between equal absolute and equal relative errors. In absolute terms v, a hundred times smaller than q,
+    would be left to what the dictionary learns for q: on SmolLM2 at ratio 0.3 the halving takes 5 % off the gap.
     """
-    scales = [w.norm().clamp_min(1e-300).rsqrt() for w in whitened]
-    rows = torch.cat([s.expand(w.shape[0], 1) for s, w in zip(scales, whitened, strict=True)])
-    return torch.cat(whitened) * rows, rows
+    gram = stats.damped()
+    wide = [w.double() for w in group]
+    scales = [((w @ gram) * w).sum().clamp_min(1e-300) ** -0.25 for w in wide]
+    rows = torch.cat([s.expand(w.shape[0], 1) for s, w in zip(scales, wide, strict=True)])
+    return torch.cat(wide) * rows, rows
