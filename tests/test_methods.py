@@ -185,6 +185,13 @@ def test_the_solver_never_gets_worse(k: int) -> None:
     assert (losses[-1] < 0.9 * losses[0]).all()
 
 
+def test_polar_is_the_nearest_orthonormal_matrix() -> None:
+    b = torch.randn(2, 20, 30) * torch.logspace(0, -1.5, 20)[:, None]
+    u, _, v = torch.linalg.svd(b, full_matrices=False)
+    assert torch.allclose(_dictionary.polar(b), u @ v, atol=2e-3)
+    assert _dictionary.polar(torch.zeros(1, 3, 4)).isfinite().all()
+
+
 def test_dead_atoms_come_back_to_life() -> None:
     a = torch.randn(1, 30, 16)
     codes, atoms = torch.randn(1, 30, 5), torch.randn(1, 5, 16)
@@ -224,8 +231,15 @@ def test_ksvd_falls_and_keeps_supports() -> None:
 
 
 def test_ksvd_atom_update_is_the_best_rank_one() -> None:
-    a, used = torch.randn(1, 12, 8), torch.arange(12) < 7
-    code, atom = _ksvd._rank_one(a, torch.where(used, 1.0, 0.0)[None, :, None], torch.zeros(1, 1, 8) + 0.3, 200)
+    strong = 4 * torch.outer(torch.randn(12), torch.nn.functional.normalize(torch.randn(8), dim=0))
+    a, used = (torch.randn(12, 8) + strong)[None], torch.arange(12) < 7
+    before = torch.where(used, 1.0, 0.0)[None, :, None]
+    code, atom = _ksvd._rank_one(a, before, torch.zeros(1, 1, 8) + 0.3, 16)
     u, s, v = torch.linalg.svd(a[0, :7] + 0.3)
-    assert torch.allclose(code[0, :7] @ atom[0], s[0] * torch.outer(u[:, 0], v[0]), atol=1e-3)
+    assert torch.allclose(code[0, :7] @ atom[0], s[0] * torch.outer(u[:, 0], v[0]), atol=1e-2)
     assert not code[0, 7:].any()
+
+
+def test_ksvd_leaves_an_idle_atom_alone() -> None:
+    code, atom = _ksvd._rank_one(torch.randn(2, 6, 4), torch.zeros(2, 6, 1), torch.ones(2, 1, 4), 8)
+    assert not code.any() and (atom == 1).all()

@@ -6,8 +6,8 @@
     gossamer.save(model, "smaller", tokenizer)
     model = gossamer.load("smaller")
 
-Importing needs torch and safetensors only. It also teaches transformers to read our checkpoints, whichever of the two is
-imported first.
+Importing needs torch and safetensors only. It also teaches transformers to read our checkpoints, whichever of the two
+is imported first.
 """
 
 # Imported here and not on first use: a verb that shares its module's name would otherwise be replaced by the module as

@@ -4,8 +4,8 @@ A format is a frozen dataclass of tensors. `spec()` is the JSON half of what is 
 every tensor, `tensors()` is the other half; `from_spec(spec, tensors)` puts them together again. The law:
 `decode(encode(a)) == a`, exactly, for every `a` that the format can hold.
 
-Two names are the same in every format. The first tensor is called `weight`, and its shape differs from (M, K) unless the
-format is dense: a loader that does not know Gossamer then stops at a size mismatch instead of filling in random weights.
+The first tensor of every format is called `weight`, and its shape differs from (M, K) unless it is the dense matrix: a
+loader that does not know Gossamer then stops at a size mismatch instead of filling in random weights.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def from_spec(spec: Spec, tensors: Mapping[str, Tensor]) -> Format:
         found = tensors[name]
         if tuple(found.shape) != shape or found.dtype != dtype:
             raise FormatError(
-                f"{spec['format']}: tensor '{name}' is {tuple(found.shape)} {found.dtype}, its spec says {shape} {dtype}"
+                f"{spec['format']}: tensor '{name}' is {tuple(found.shape)} {found.dtype}, "
+                f"its spec says {shape} {dtype}"
             )
     return class_of(spec).build(spec, tensors)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -60,7 +60,7 @@ registry: Registry[Method] = Registry("gossamer.methods", Method)
 def create(name: str, **knobs: Any) -> Method:
     """A method by name; TypeError names the knobs that exist."""
     cls = registry[name]
-    known = list(getattr(cls, "__dataclass_fields__", {}))
+    known = [f.name for f in fields(cls)]
     if unknown := sorted(set(knobs) - set(known)):
         raise TypeError(f"method '{name}' has no knob {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
     return cls(**knobs)

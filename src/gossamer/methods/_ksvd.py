@@ -87,11 +87,14 @@ def sweep(a: Tensor, codes: Tensor, atoms: Tensor, power: int) -> tuple[Tensor, 
 
 def _rank_one(rest: Tensor, code: Tensor, atom: Tensor, power: int) -> tuple[Tensor, Tensor]:
     """Power iteration on rest + code atom over the rows that use the atom: code [b, M, 1], unit atom [b, 1, K]."""
-    used, start = (code != 0).to(rest.dtype), atom
+    used = code != 0
+    part = torch.where(used, torch.baddbmm(rest, code, atom), 0)
+    # Of unit Frobenius norm, the largest singular value lies in [K^-1/2, 1]: no step needs a normalisation of its own.
+    size = part.square().sum((1, 2), keepdim=True).sqrt().clamp_min(EPS)
+    scaled, v = part / size, atom
     for _ in range(power):
-        along = (rest @ atom.mT + code * (atom @ start.mT)) * used
-        atom = along.mT @ rest + (along.mT @ code) * start
-        atom = atom / atom.norm(dim=-1, keepdim=True).clamp_min(EPS)
-    fitted = (rest @ atom.mT + code * (atom @ start.mT)) * used
-    idle = (used.sum(1, keepdim=True) == 0) | ~torch.isfinite(atom).all(-1, keepdim=True)
-    return torch.where(idle, code, fitted), torch.where(idle, start, atom)
+        v = (scaled @ v.mT).mT @ scaled
+    v = v / v.norm(dim=-1, keepdim=True)
+    fitted = part @ v.mT
+    fine = torch.isfinite(v).all(-1, keepdim=True) & used.any(1, keepdim=True)
+    return torch.where(fine, fitted, code), torch.where(fine, v, atom)

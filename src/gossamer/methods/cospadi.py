@@ -35,7 +35,7 @@ class CoSpaDi(Method):
     conjugate gradient `steps` in each belong to the fast solver.
     """
 
-    rho: float = 2.5
+    rho: float = 3.0
     share: bool = True
     side: str = "short"
     codes: str = "bitmask"
@@ -89,7 +89,7 @@ class CoSpaDi(Method):
         stored = dtype_of(self.dtype)
         found = []
         for group, (_, size), (left, right) in zip(groups, scaled, factors, strict=True):
-            shared = budget.right((right).to(stored))
+            shared = budget.right(right.to(stored))
             lefts = (left.double() / size).to(stored).split([w.shape[0] for w in group])
             found.append([Product.of(budget.left(each), shared) for each in lefts])
         return found
