@@ -71,14 +71,19 @@ def write_ids(data: Path, model: str, out: Path, samples: int = 256, windows: in
     generator = torch.Generator().manual_seed(seed)
     picked = []
     for name in ("novels/novels.train.txt.xz", "wiki_leads/wiki.train.txt.xz"):
-        text = lzma.open(data / name, "rt", encoding="utf-8").read(12_000_000)
+        text = read(data / name)[:12_000_000]
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
         pool = tokens[: tokens.numel() // LENGTH * LENGTH].view(-1, LENGTH)
         picked.append(pool[torch.randperm(len(pool), generator=generator)[: samples // 2]])
-    raw = lzma.open(data / "wikitext2/wiki.test.raw.xz", "rt", encoding="utf-8", newline="").read()
+    raw = read(data / "wikitext2/wiki.test.raw.xz")
     rows = ("" if not line.strip() else line + "\n" for line in raw.split("\n")[:-1])
     test = evaluate.encode_text(tokenizer, "\n\n".join(rows))[: windows * LENGTH]
     save_file({"calibration": torch.cat(picked).int(), "evaluation": test.int()}, out)
+
+
+def read(path: Path) -> str:
+    with lzma.open(path, "rt", encoding="utf-8", newline="") as file:
+        return file.read()
 
 
 def _source(model: str) -> tuple[tuple[str], dict]:
@@ -204,10 +209,10 @@ def versus(args: argparse.Namespace, shared: dict, rows: dict, name: str, row: d
 
 
 def show(label: str, row: dict, dense: float) -> None:
-    error = sum(row.get("error", {"": 0.0}).values()) / max(1, len(row.get("error", {})))
+    errors = {k: round(v, 4) for k, v in row.get("error", {}).items()}
     print(
         f"{label:22} ppl {math.exp(dense + row['gap']):9.3f} gap {row['gap']:.4f} stored ratio {row['ratio']:.4f} "
-        f"err {error:.5f} {row['seconds']:.1f} s  {json.dumps({k: round(v, 4) for k, v in row.get('error', {}).items()})}",
+        f"{row['seconds']:.1f} s  {json.dumps(errors)}",
         flush=True,
     )
 

@@ -106,7 +106,7 @@ def test_spec_and_tensors_are_the_whole_format(name: str, a: Tensor) -> None:
     spec, tensors = json.loads(json.dumps(found.spec())), found.tensors()
     layout = formats.layout(spec)
     assert list(layout) == list(tensors)
-    assert list(tensors)[0] == "weight"
+    assert next(iter(tensors)) == "weight"
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == layout
     assert torch.equal(formats.from_spec(spec, tensors).decode(), found.decode())
     assert found.nbytes == sum(t.numel() * t.element_size() for t in tensors.values())

@@ -24,8 +24,8 @@ CHUNK = 1 << 24  # entries made dense at a time when encoding a sparse matrix
 class NM(Format):
     """`weight` [M, G * n] with G = ceil(K/m) groups a row; `index` [M, ceil(G * n * bits / 8)] uint8.
 
-    An index takes bits = max(1, ceil(log2 m)), lowest bit first, rows padded to bytes. A group with fewer than n non-zeros holds
-    zeros at the first free positions.
+    An index takes bits = max(1, ceil(log2 m)), lowest bit first, rows padded to bytes. A group with fewer than n
+    non-zeros holds zeros at the first free positions.
     """
 
     weight: Tensor
@@ -52,12 +52,15 @@ class NM(Format):
         return cls((found.shape[0], found.shape[1]), values, _pack(slots.flatten(1), m), n, m)
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
-        slots = _unpack(self.index, self.weight.shape[1], self.m).view(
-            self.shape[0], -(-self.shape[1] // self.m), self.n
-        )
+        slots = self._slots()
         dense = self.weight.new_zeros(*slots.shape[:2], self.m)
         dense.scatter_(-1, slots, self.weight.view_as(slots))
         return dense.flatten(1)[:, : self.shape[1]].to(dtype or self.weight.dtype)
+
+    def _slots(self) -> Tensor:
+        """Positions within each group, [M, G, n]."""
+        groups = -(-self.shape[1] // self.m)
+        return _unpack(self.index, self.weight.shape[1], self.m).view(self.shape[0], groups, self.n)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "index": self.index}
@@ -85,9 +88,7 @@ class NM(Format):
         return cls(tuple(spec["shape"]), tensors["weight"], tensors["index"], spec["n"], spec["m"])
 
     def validate(self) -> None:
-        slots = _unpack(self.index, self.weight.shape[1], self.m).view(
-            self.shape[0], -(-self.shape[1] // self.m), self.n
-        )
+        slots = self._slots()
         if (slots >= self.m).any() or (slots.diff(dim=-1) <= 0).any():
             raise FormatError(f"nm24: the indices of some group of {self.m} do not ascend within 0..{self.m - 1}")
 

@@ -24,9 +24,9 @@ Select = Callable[[Tensor], Tensor]  # scores [b, M, k] -> bool mask: which code
 
 EPS = 1e-12
 
-# Length of the gradient step that picks supports. The textbook's 1 / ||B B^T|| (about 0.1 here) moves so few entries that
-# forty rounds leave up to twice the error of a step of 2.5 (SmolLM2's gate and up at ratio 0.3); a round that overshoots
-# is undone and shortens the step.
+# Length of the gradient step that picks supports. The textbook's 1 / ||B B^T|| (about 0.1 here) moves so few entries
+# that forty rounds leave up to twice the error of a step of 2.5 (SmolLM2's gate and up at ratio 0.3); a round that
+# overshoots is undone and shortens the step.
 STRIDE = 2.5
 
 
@@ -96,9 +96,9 @@ def leading(a: Tensor, rank: int) -> Tensor:
 def polar(b: Tensor) -> Tensor:
     """The orthonormal rows nearest to `b` [.., k, K], k <= K, by products alone.
 
-    Newton-Schulz: nine quintic steps lift the small singular values (3.4-fold each, the coefficients of Muon), six cubic
-    ones send all to 1. Directions below ~1e-5 of the largest stay short, which the least squares that follow mend; an
-    eigensolver in float32 does not converge on some real Grams, and in float64 it takes most of the time on a GPU.
+    Newton-Schulz: nine quintic steps lift the small singular values (3.4-fold each, the coefficients of Muon), six
+    cubic ones send all to 1. Directions below ~1e-5 of the largest stay short, which the least squares that follow
+    mend. An eigensolver in float32 does not converge on some real Grams; in float64 it takes most of the time on a GPU.
     """
     x = b / b.square().sum((-2, -1), keepdim=True).sqrt().clamp_min(EPS)
     for _ in range(9):

@@ -1,9 +1,9 @@
 """CoSpaDi's own solver: batched orthogonal matching pursuit, then K-SVD by power iteration; the reference.
 
-Section 3 and appendix A.3, A.8 of arXiv 2509.22075: random rows of the data as first atoms, exactly s entries per code,
-one atom after the other replaced by the rank-1 approximation (8 power iterations) of what the others leave of the rows
-that use it, 60 alternations. An atom that nothing uses is left as it is. Batched over leading entries, so many layers of
-one shape are solved at once.
+Section 3 and appendix A.3, A.8 of arXiv 2509.22075: random rows of the data as first atoms, exactly s entries per
+code, one atom after the other replaced by the rank-1 approximation (8 power iterations) of what the others leave of the
+rows that use it, 60 alternations. An atom that nothing uses is left as it is. The first dimension is a batch, so that
+many layers of one shape are solved at once.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class SparseGPT(Pruning):
 
     def _blocks(self, shape: tuple[int, int], ratio: float) -> Iterator[tuple[int, int, int]]:
         """(first column, end, weights to keep): the budget of the matrix, shared out by width without a rest."""
-        m, k = shape
+        k = shape[1]
         total = 0 if self.format == "nm24" else self._keep(shape, ratio)
         step = -(-self.block // self.m) * self.m if self.format == "nm24" else self.block
         for start in range(0, k, step):
