@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "shared_rho2": ("cospadi", {"share": True, "rho": 2.0}),
     "shared_2:4": ("cospadi", {"share": True, "codes": "nm24"}),
     "inputs": ("cospadi", {"share": False, "rho": 2.0, "side": "in"}),
+    "2:4_inputs": ("cospadi", {"share": False, "codes": "nm24", "side": "in"}),
     "ksvd": ("cospadi", {"share": False, "rho": 2.0, "side": "in", "solver": "ksvd"}),
 }
 BARS = {
@@ -56,11 +57,13 @@ BARS = {
     ("gap_vs_svd", "shared"): {0.2: 0.24, 0.3: 0.33, 0.4: 0.48},
     ("gap_vs_ksvd", "inputs"): {0.2: 1.0, 0.3: 1.0, 0.4: 1.0},
     ("gap_vs_free", "2:4"): {0.2: 1.15, 0.3: 1.15, 0.4: 1.15},
+    ("gap_vs_free", "2:4_inputs"): {0.2: 1.15, 0.3: 1.15, 0.4: 1.15},
 }
 # The same k and s as the paper's solver; the same rho as 2:4 has.
 AGAINST = {
     "inputs": ("gap_vs_ksvd", "ksvd"),
     "2:4": ("gap_vs_free", "per_matrix_rho2"),
+    "2:4_inputs": ("gap_vs_free", "inputs"),
     "shared_2:4": ("gap_vs_free", "shared_rho2"),
 }
 

@@ -78,7 +78,7 @@ def test_svd_is_the_best_of_its_rank() -> None:
     found = methods.create("svd", dtype="float32").fit([weight], stats, 0.4)[0]
     assert isinstance(found, Product)
     rank = found.left.shape[1]
-    root, _ = stats.root()
+    root, _ = stats.root
     values = torch.linalg.svdvals(weight.double() @ root)
     best = float(values[rank:].square().sum() / values.square().sum())
     assert stats.relative_error(weight, found.decode()) == pytest.approx(best, rel=1e-3)

@@ -22,7 +22,7 @@ from .choose import Choice, choose
 from .formats import Format, nbytes
 from .layers import Block, block_modules, find, replace, weight_of
 from .nn import SparseLinear
-from .plan import AUTO, LayerPlan, Plan, create, job_work
+from .plan import AUTO, LayerPlan, Plan, create, job_flops
 from .plan import plan as make_plan
 from .progress import Clock, LayerReport, Progress, Report, Track
 from .stats import CalibrationError, Stats
@@ -169,7 +169,7 @@ class _Run:
         seconds = time.perf_counter() - start
         rows = _report(job, fitted, _errors(job, weights, fitted, stats), seconds)
         self.folder.save(_key(job), fitted, {"layers": [asdict(r) for r in rows]})
-        self.clock.advance("fit", job_work(job))
+        self.clock.advance("fit", job_flops(job))
 
     def _swap(self, job: list[LayerPlan]) -> None:
         """Put the stored result in the place of the dense layers."""
@@ -209,7 +209,7 @@ class _Run:
         blocks = max(0, self.last + 1 - begin)
         passes = 2 * blocks - 1 if self.sequential else blocks
         batches = passes * self.stream.batches if self.stream else 0
-        fit = Track(len(jobs) - len(outstanding), len(jobs), sum(map(job_work, outstanding)))
+        fit = Track(len(jobs) - len(outstanding), len(jobs), sum(map(job_flops, outstanding)))
         return Clock(self.notify, {"calibrate": Track(0, batches, batches), "fit": fit})
 
 

@@ -121,15 +121,14 @@ class Plan:
         solver = max((24 * j[0].shape[1] ** 2 + 16 * sum(_size(l) for l in j) for j in _jobs(block)), default=0)
         return PROCESS + self.meta["model_bytes"] + self.stored_bytes + _gram_bytes(block) + max(activations, solver)
 
-    def seconds(self, tokens: int = 256 * 1024, rate: float | None = None) -> float | None:
-        """A rough estimate of the time `compress` takes with `tokens` of calibration; None where a method has no say.
+    def seconds(self, tokens: int = 256 * 1024, rate: float | None = None) -> float:
+        """A rough estimate of the time `compress` takes with `tokens` of calibration.
 
         `rate` is in operations per second; by default this machine's, taken from one float32 GEMM.
         """
-        fits = [job_flops(j) for j in self.jobs()]
-        if any(f is None for f in fits):
-            return None
-        return (sum(filter(None, fits)) + calibration_flops(self, tokens)) / (rate or gemm_rate())
+        fits = sum(job_flops(j) for j in self.jobs())
+        calibration = calibration_flops(self, tokens) if any(create(l).needs_stats for l in self.layers) else 0
+        return (fits + calibration) / (rate or gemm_rate())
 
     def to_json(self) -> dict[str, Any]:
         return {"gossamer_plan": VERSION, "meta": self.meta, "layers": [asdict(l) for l in self.layers]}
@@ -207,15 +206,9 @@ def create(layer: LayerPlan) -> Method:
     return methods.create(SIZED_AS if layer.method == AUTO else layer.method, **layer.knobs)
 
 
-def job_flops(job: Sequence[LayerPlan]) -> float | None:
-    """Operations that fitting these layers takes, if their method can say."""
-    count = getattr(create(job[0]), "flops", None)
-    return float(count([l.shape for l in job], job[0].ratio)) if count else None
-
-
-def job_work(job: Sequence[LayerPlan]) -> float:
-    """What fitting these layers takes, in a unit of its own, to tell finished from outstanding work."""
-    return job_flops(job) or float(sum(_size(l) * l.shape[1] for l in job))
+def job_flops(job: Sequence[LayerPlan]) -> float:
+    """Operations that fitting these layers takes, roughly."""
+    return create(job[0]).flops([l.shape for l in job], job[0].ratio)
 
 
 def calibration_flops(plan: Plan, tokens: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,16 +41,17 @@ class Stats:
         level = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
         return gram + ridge * level * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
 
-    def root(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def root(self) -> tuple[Tensor, Tensor]:
         """(C, C^-1), float64, with C C^T the damped Gram: ||X E^T||_F = ||E C||_F for an error E [M, K]."""
-        gram = self.damped(ridge)
+        gram = self.damped()
         factor, info = torch.linalg.cholesky_ex(gram)
         eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
         if int(info) == 0:
             return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
         log.warning("Gram of size %d is not positive definite; using its eigenvalues", gram.shape[0])
         values, vectors = torch.linalg.eigh(gram)
-        scale = values.clamp_min(ridge * values[-1]).sqrt()
+        scale = values.clamp_min(RIDGE * values[-1]).sqrt()
         return vectors * scale, (vectors / scale).mT
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:

@@ -50,6 +50,10 @@ class Method(ABC):
     def size(self, shapes: Sequence[Shape], ratio: float) -> list[int]:
         """Stored bytes per weight; a tensor shared in the group counts for the first. RatioError if out of reach."""
 
+    def flops(self, shapes: Sequence[Shape], ratio: float) -> float:
+        """Roughly how many operations `fit` takes, for the time that a plan foretells; here, one pass of sorting."""
+        return 50.0 * sum(m * k for m, k in shapes)
+
     def knobs(self) -> dict[str, Any]:
         return asdict(self)
 

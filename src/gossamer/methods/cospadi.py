@@ -65,6 +65,19 @@ class CoSpaDi(Method):
             return [sum(self._budget([shape], ratio).sizes()) for shape in shapes]
         return self._budget(shapes, ratio).sizes()
 
+    def flops(self, shapes: Sequence[Shape], ratio: float) -> float:
+        jobs = [shapes] if self.share else [[s] for s in shapes]
+        return sum(self._flops(self._budget(job, ratio)) for job in jobs)
+
+    def _flops(self, b: _Budget) -> float:
+        """The products of one alternation, times 3 for what is not a product; K-SVD's sweep and pursuit by atoms."""
+        m, w, k, steps = b.rows, b.width, b.k, self.steps
+        if self.solver == "ksvd":
+            return (self.iterations or 60) * (2.0 * m * b.s * (k * k + b.s * b.s) + 40.0 * k * m * w)
+        if b.outer:
+            return self._rounds * 6.0 * ((2 + steps) * k * w * (w + k) + 3 * m * k * w)
+        return self._rounds * 6.0 * ((3 + steps) * m * k * k + 3 * m * k * w + k * k * w)
+
     def fit(self, group: Sequence[Tensor], stats: Stats | None, ratio: float) -> list[Format]:
         return self.fit_many([group], [stats], ratio)[0]
 
@@ -95,7 +108,7 @@ class CoSpaDi(Method):
         return found
 
     def _on_inputs(self, rows: list[Tensor], stats: Sequence[Stats], budget: _Budget) -> list[Pair]:
-        roots = [s.root() for s in stats]
+        roots = [s.root for s in stats]
         whitened = torch.stack([(w @ root).float() for w, (root, _) in zip(rows, roots, strict=True)])
         codes, atoms = self.solve(whitened, budget.k, budget.s)
         return [(c, b.double() @ inverse) for c, b, (_, inverse) in zip(codes, atoms, roots, strict=True)]

@@ -6,7 +6,7 @@ what a removed weight cost is spread over the columns after it by row j of U. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import patterns
 from ..stats import Stats
+from . import Shape
 from ._pruning import Pruning
 
 
@@ -36,6 +37,9 @@ class SparseGPT(Pruning):
             w[:, start:stop], error = self._prune_block(w[:, start:stop], upper[start:stop, start:stop], keep)
             w[:, stop:] -= error @ upper[start:stop, stop:]
         return w
+
+    def flops(self, shapes: Sequence[Shape], ratio: float) -> float:
+        return super().flops(shapes, ratio) + sum(4.0 * k**3 + 60.0 * m * k * self.block + m * k * k for m, k in shapes)
 
     def _blocks(self, shape: tuple[int, int], ratio: float) -> Iterator[tuple[int, int, int]]:
         """(first column, end, weights to keep): the budget of the matrix, shared out by width without a rest."""

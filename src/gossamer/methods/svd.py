@@ -34,8 +34,11 @@ class SVD(Method):
             raise ValueError("svd needs calibration statistics")
         return [self._fit(w, stats, self._rank((w.shape[0], w.shape[1]), ratio)) for w in group]
 
+    def flops(self, shapes: Sequence[Shape], ratio: float) -> float:
+        return sum(50.0 * min(m, k) ** 3 + 4.0 * k**3 + 6.0 * m * k * k for m, k in shapes)
+
     def _fit(self, weight: Tensor, stats: Stats, rank: int) -> Format:
-        root, inverse = stats.root()
+        root, inverse = stats.root
         left, right = truncated(weight.double() @ root, rank)
         factors = [Dense.encode(f.to(dtype_of(self.dtype))) for f in (left, right @ inverse)]
         return Product.of(*factors)
