@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 READY := $(VENV)/.ready
+# What `make bench` measures: the model that `make demo` leaves in its cache. bench_quality.py takes more data, and a GPU.
+MODEL ?= $(HOME)/.cache/gossamer/SmolLM2-135M-Instruct
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -path '*/__pycache__/*')
 
 .PHONY: demo test lint bench docs clean
@@ -23,7 +25,9 @@ lint: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)
-	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+	@test -d '$(MODEL)' || { echo 'no model in $(MODEL): run make demo first, or make bench MODEL=FOLDER' >&2; exit 1; }
+	$(BIN)/python benchmarks/bench_roundtrip.py '$(MODEL)'
+	$(BIN)/python benchmarks/bench_compress_time.py '$(MODEL)'
 
 docs: $(READY)
 	$(PIP) -c $(VENV)/constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]'

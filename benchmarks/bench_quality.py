@@ -68,7 +68,7 @@ AGAINST = {
 }
 
 
-def write_ids(data: Path, model: str, out: Path, samples: int = 256, windows: int = 64, seed: int = 42) -> None:
+def write_ids(data: Path, model: str, out: Path, samples: int, windows: int, seed: int = 42) -> None:
     """Half novels, half Wikipedia leads to calibrate on, at random places; WikiText-2's test set to evaluate on."""
     tokenizer = AutoTokenizer.from_pretrained(*_source(model)[0], **_source(model)[1])
     generator = torch.Generator().manual_seed(seed)
@@ -181,6 +181,8 @@ def run(args: argparse.Namespace) -> None:
     bench = Bench(args.model, load_file(args.ids), args.device)
     layers = args.layers or list(range(len(bench.blocks)))
     shared = {"model": args.name} | ({"layers": layers} if args.layers else {})
+    if (windows := bench.evaluation.numel() // LENGTH) != 64:
+        shared["windows"] = windows
     print(f"dense: {math.exp(bench.dense):.3f}", flush=True)
     record(args, "ppl", shared | {"method": "dense", "cr": 0.0}, math.exp(bench.dense), "perplexity")
     for bits in args.bits:
@@ -241,6 +243,8 @@ def main() -> None:
     ids.add_argument("data", type=Path)
     ids.add_argument("model")
     ids.add_argument("out", type=Path)
+    ids.add_argument("--samples", type=int, default=256, help="calibration windows of 1,024 tokens")
+    ids.add_argument("--windows", type=int, default=64, help="evaluation windows of 1,024 tokens")
     go = verbs.add_parser("run")
     go.add_argument("model")
     go.add_argument("ids", type=Path)
@@ -252,7 +256,10 @@ def main() -> None:
     go.add_argument("--bits", type=int, nargs="*", default=[8, 6])
     go.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    write_ids(args.data, args.model, args.out) if args.verb == "ids" else run(args)
+    if args.verb == "run":
+        run(args)
+    else:
+        write_ids(args.data, args.model, args.out, args.samples, args.windows)
 
 
 if __name__ == "__main__":
