@@ -2,6 +2,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+# ensurepip and venv to make it, Python.h to build the native core.
+HEADERS := import ensurepip, os, sysconfig, venv; open(os.path.join(sysconfig.get_path("include"), "Python.h"))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 READY := $(VENV)/.ready
@@ -39,8 +41,8 @@ clean:
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Gossamer needs Python 3.11 or later; try: make PYTHON=python3.12' >&2; exit 1; }
-	@{ $(PYTHON) -c 'import ensurepip, venv' && command -v g++; } >/dev/null 2>&1 || \
-	  { echo 'Python venv or g++ is missing: sudo apt-get install -y python3-venv python3-dev g++ make' >&2; exit 1; }
+	@{ $(PYTHON) -c '$(HEADERS)' && command -v g++; } >/dev/null 2>&1 || \
+	  { echo 'Python venv, its headers or g++ are missing: sudo apt-get install -y python3-venv python3-dev g++ make' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
 

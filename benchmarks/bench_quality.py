@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gossamer import evaluate, methods
+from gossamer import choose, evaluate, methods, texts
 from gossamer.formats import nbytes
 from gossamer.stats import Stats
 from results import append, environment
@@ -78,9 +78,8 @@ def write_ids(data: Path, model: str, out: Path, samples: int, windows: int, see
         tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
         pool = tokens[: tokens.numel() // LENGTH * LENGTH].view(-1, LENGTH)
         picked.append(pool[torch.randperm(len(pool), generator=generator)[: samples // 2]])
-    raw = read(data / "wikitext2/wiki.test.raw.xz")
-    rows = ("" if not line.strip() else line + "\n" for line in raw.split("\n")[:-1])
-    test = evaluate.encode_text(tokenizer, "\n\n".join(rows))[: windows * LENGTH]
+    raw = texts.join_wikitext(read(data / "wikitext2/wiki.test.raw.xz"))
+    test = evaluate.encode_text(tokenizer, raw)[: windows * LENGTH]
     save_file({"calibration": torch.cat(picked).int(), "evaluation": test.int()}, out)
 
 
@@ -157,10 +156,8 @@ class Bench:
 
     def rounded(self, bits: int) -> dict:
         """Round to nearest, one scale per output, in place of a method."""
-        top = 2 ** (bits - 1) - 1
         for name, linear in self._linears():
-            scale = (self.weights[name].abs().amax(1, keepdim=True) / top).bfloat16().float()
-            linear.weight.data = (self.weights[name] / scale).round().clamp(-top, top) * scale
+            linear.weight.data = choose.rounded(self.weights[name], bits)
         gap = math.log(self.perplexity()) - self.dense
         self.restore()
         numel = sum(w.numel() for w in self.weights.values())

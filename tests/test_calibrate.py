@@ -175,3 +175,8 @@ def test_blocks_that_need_more_than_hidden_states_are_refused(tmp_path, monkeypa
     with pytest.raises(CalibrationError, match="PerWindow take more than hidden states"):
         streamed(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), tmp_path)
     assert len(streamed(model, torch.tensor([[1, 2, 3], [1, 2, 3]]), tmp_path)) == 2
+
+
+def test_rows_of_a_data_set_are_named():
+    with pytest.raises(CalibrationError, match=r"holds a dict; fix: pass texts or token ids"):
+        Calibration.of([{"text": "It was the best of times"}], None, 1, 4)

@@ -392,7 +392,7 @@ def test_no_weights_at_all(saved: Path) -> None:
 
 def test_a_newer_layout(saved: Path) -> None:
     edit_config(saved, lambda q: q.update(format_version=2))
-    refused(saved, r"format_version 2 is newer than this Gossamer reads \(1\); fix: pip install --upgrade gossamer")
+    refused(saved, r"format_version 2 is newer than this Gossamer reads \(1\); fix: install a newer Gossamer")
 
 
 @pytest.mark.parametrize("version", [None, "1", 0, True])
@@ -405,7 +405,7 @@ def test_a_senseless_layout_version(saved: Path, version: Any) -> None:
     ("key", "value", "match"),
     [
         ("format", "nonsense", "unknown format 'nonsense'; there are: .*bitmask"),
-        ("version", 99, "version 99 is newer .*pip install --upgrade gossamer"),
+        ("version", 99, "version 99 is newer .*install a newer Gossamer"),
         ("version", "x", ""),
         ("shape", [48, 33], ""),
         ("shape", [49, 32], ""),
@@ -489,7 +489,7 @@ def test_code_in_a_checkpoint_is_not_run(saved: Path) -> None:
 def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for write in (checkpoint.save, checkpoint.export):
-        with pytest.raises(CheckpointError, match=r"holds something that is no Gossamer checkpoint.*overwrite=True"):
+        with pytest.raises(CheckpointError, match=r"holds something else already.*overwrite=True"):
             write(model(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     checkpoint.save(model(), tmp_path, overwrite=True)
@@ -576,3 +576,55 @@ def test_saving_does_not_change_what_a_copy_says(tmp_path: Path) -> None:
     checkpoint.save(found, tmp_path / "out")
     assert torch.equal(logits(found), logits(twin))
     assert found.hf_quantizer.canary is None
+
+
+def test_export_never_replaces_a_sparse_checkpoint(saved: Path, tmp_path: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds something else already.*overwrite=True"):
+        checkpoint.export(saved, saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    checkpoint.export(saved, tmp_path / "dense")
+    checkpoint.export(saved, tmp_path / "dense", overwrite=True)
+
+
+def test_export_in_another_precision(saved: Path, tmp_path: Path) -> None:
+    checkpoint.export(saved, tmp_path / "dense", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "dense" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_config_must_tell_the_truth_about_biases(saved: Path) -> None:
+    edit_config(saved, lambda q: q["layers"][LAYER].update(bias=True))
+    refused(saved, f"layer '{LAYER}': config.json and the shards disagree about its bias")
+    with pytest.raises(CheckpointError, match="wrong about its bias"):
+        transformers.AutoModelForCausalLM.from_pretrained(saved)
+    edit_config(saved, lambda q: q["layers"][LAYER].pop("bias"))
+    refused(saved, f"layer '{LAYER}': bias")
+
+
+def test_a_layer_without_any_of_its_tensors_is_refused_by_transformers_too(saved: Path) -> None:
+    edit_weights(saved, lambda tensors: [tensors.pop(n) for n in list(tensors) if n.startswith(f"{LAYER}.")])
+    with pytest.raises(CheckpointError, match=f"layer '{LAYER}': tensor 'weight' is in no shard"):
+        transformers.AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_damaged_canary(saved: Path) -> None:
+    for damaged in ("x", {"tokens": [10**6]}, {"tokens": []}):
+        edit_config(saved, lambda q, c=damaged: q.update(canary=c))
+        with pytest.raises(CheckpointError, match="fix"):
+            checkpoint.load(saved)
+
+
+def test_saving_through_a_link_writes_to_its_target(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        checkpoint.save(model(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_others_can_read_what_the_umask_lets_them(saved: Path) -> None:
+    modes = {(saved / name).stat().st_mode & 0o777 for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1

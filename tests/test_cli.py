@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,10 +105,11 @@ def test_auto_prints_the_choice_and_rounding_beside_it(tiny_folder, tmp_path):
 
 def test_compress_follows_a_plan_file(tiny_folder, tmp_path):
     file = tmp_path / "plan.json"
-    run("plan", tiny_folder, "--method", "magnitude", "--rule", "*.1.*=dense", "--json", file)
+    made = run("plan", tiny_folder, "--method", "magnitude", "--rule", "*.0.*=dense", "--json", file)
+    assert made.exit_code == 0, made.output
     result = run("compress", tiny_folder, "-o", tmp_path / "out", "--plan", file, *SMALL)
     assert result.exit_code == 0, result.output
-    assert all(".layers.0." in name for name in checkpoint.read(tmp_path / "out"))
+    assert all(".layers.1." in name for name in checkpoint.read(tmp_path / "out"))
 
 
 def test_eval_gives_the_same_perplexity_from_any_spelling_of_the_text(compressed, tmp_path):
@@ -177,7 +179,7 @@ MISTAKES = {
         "--rule beside --plan",
     ),
     "a damaged config": (["eval", "{tmp}/damaged"], "damaged.config.json.*fix"),
-    "a pickle": (["eval", "{tmp}/pickle"], "pickle.*pickles are refused"),
+    "a pickle": (["eval", "{tmp}/pickle"], "is a pickle, .* refused; fix"),
     "export of a dense model": (["export", "{model}", "{tmp}/x"], "no Gossamer checkpoint.*fix"),
     "an empty prompt": (["generate", "{model}", "--prompt", ""], "prompt is empty; fix"),
 }
@@ -216,7 +218,7 @@ def test_debug_shows_the_traceback(where, tmp_path):
 
 def test_tasks_without_lm_eval_name_the_extra(compressed, monkeypatch):
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
-    assert 'fix: pip install "gossamer[eval]"' in failed("eval", compressed, "--tasks", "piqa")
+    assert "fix: pip install lm-eval" in failed("eval", compressed, "--tasks", "piqa")
 
 
 def test_task_results_become_plain_numbers():
@@ -234,3 +236,16 @@ def test_knobs_are_json_where_they_can_be():
 def test_rules(text, method, ratio):
     rule = shrink.parse_rule(text)
     assert (rule.pattern, rule.method, rule.ratio) == ("*.v", method, ratio)
+
+
+def test_code_that_a_model_brings_is_not_run(tiny_folder, tmp_path):
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for args in (["eval", folder], ["plan", folder, "--method", "magnitude"], ["generate", folder, "--prompt", "a"]):
+        result = CliRunner().invoke(app, [str(a) for a in args], input="y\ny\ny\n", env={"COLUMNS": "160"})
+        assert result.exit_code == 2 and "code of its own, which is not run; fix" in result.stderr, result.output
+    assert not (tmp_path / "ran").exists()

@@ -266,9 +266,13 @@ def test_another_run_in_the_folder_is_refused(tmp_path, change, named):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(WorkError, match="is not empty and holds no Gossamer run"):
-        toy(work=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups" / "chapter.tex").write_text("too")
+    (tmp_path / "report.json").write_text("{}")
+    for fresh in (False, True):
+        with pytest.raises(WorkError, match="is not empty and holds no Gossamer run"):
+            toy(work=tmp_path, fresh=fresh)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["chapter.tex", "groups", "report.json", "thesis.txt"]
     with pytest.raises(WorkError, match=r"thesis\.txt is a file; fix"):
         toy(work=tmp_path / "thesis.txt")
 
@@ -365,3 +369,72 @@ def test_rounding_uses_every_level():
 
 if __name__ == "__main__":
     _work(Path(sys.argv[1]), sys.argv[2] == "1")
+
+
+def test_a_finished_run_needs_no_disk(tmp_path, monkeypatch):
+    toy(work=tmp_path)
+    monkeypatch.setattr("gossamer.work.SPARE", 0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    FITS.clear()
+    toy(work=tmp_path)
+    assert not FITS
+
+
+def test_what_safetensors_left_after_a_kill_goes_away(tmp_path):
+    toy(work=tmp_path)
+    (tmp_path / "groups" / ".tmpAbC123").write_bytes(b"half")
+    toy(work=tmp_path)
+    assert not (tmp_path / "groups" / ".tmpAbC123").exists()
+
+
+def test_a_disk_that_fills_up_names_the_layer(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gossamer.work.save_file", full)
+    with pytest.raises(WorkError, match=r"blocks\.0\.\w+: its result could not be written .*fix: free some disk"):
+        toy(work=tmp_path)
+    assert not list((tmp_path / "groups").iterdir())
+    monkeypatch.undo()
+
+
+ARCHITECTURES = {
+    "Qwen2": {"num_key_value_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "GPT2": {"n_layer": 2, "n_head": 4},
+    "Llama": {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "cospadi", "svd"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whole_models_come_back_to_the_bit(architecture, method, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import gossamer
+
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=64, hidden_size=32, bos_token_id=0, eos_token_id=0, **ARCHITECTURES[architecture]
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(64, (6, 16))
+    knobs = {"iterations": 2} if method == "cospadi" else {}
+    compress(model, ids, method=method, ratio=0.3, **knobs)
+    assert len(sparse_layers(model)) == (8 if architecture == "GPT2" else 14)
+    with torch.inference_mode():
+        before = model(ids).logits
+        gossamer.save(model, tmp_path / "small")
+        for again in (
+            gossamer.load(tmp_path / "small"),
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small"),
+        ):
+            assert torch.equal(again(ids).logits, before)
+
+
+def test_a_plan_of_dense_layers_leaves_the_model_a_plain_one():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    compress(model, plan=plan(model, "magnitude", 0.3, rules=[Rule("*", method="dense")]))
+    assert not sparse_layers(model) and not getattr(model.config, "quantization_config", None)

@@ -122,7 +122,7 @@ def test_what_does_not_fit_the_spec_is_refused(name: str) -> None:
             formats.from_spec(spec, short)
         with pytest.raises(FormatError, match="missing"):
             formats.from_spec(spec, {n: t for n, t in tensors.items() if n != tensor})
-    with pytest.raises(FormatError, match=r"newer .* pip install --upgrade gossamer"):
+    with pytest.raises(FormatError, match=r"newer .* install a newer Gossamer"):
         formats.from_spec(spec | {"version": spec["version"] + 1}, tensors)
 
 

@@ -111,3 +111,10 @@ def test_tokens_per_second_decodes_greedily_with_a_cache(model):
     assert lengths == 3 * [8, 1, 1, 1, 1]
     assert speed.tokens_per_second > 0
     assert speed.spread >= 0
+
+
+def test_windows_longer_than_the_model_reads():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="reads at most 16; fix: window=16 or less"):
+        evaluate.perplexity(transformers.GPT2LMHeadModel(config), torch.zeros(64, dtype=torch.long), window=32)

@@ -1,4 +1,4 @@
-"""What runs on the CPU runs the same on a GPU: formats, ops, methods, one whole compression."""
+"""What runs on the CPU runs the same on a GPU: formats, ops, methods."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_formats_are_the_same_bits_on_both_devices(
 
 @pytest.mark.parametrize("name", formats.registry.names())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_linear_on_streams_and_in_graphs(name: str, dtype: torch.dtype) -> None:
+def test_linear_on_a_second_stream(name: str, dtype: torch.dtype) -> None:
     a = sparse(48, 64, 0.5, dtype).cuda()
     layer = nn.SparseLinear.from_format(formats.registry[name].encode(a), torch.randn(48, dtype=dtype, device="cuda"))
     x = torch.randn(5, 64, dtype=dtype, device="cuda")

@@ -320,7 +320,7 @@ def test_a_dense_checkpoint_cannot_be_loaded_as_sparse(tmp_path: Path) -> None:
 
 
 def test_a_newer_config_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"format_version 2 is newer .*pip install --upgrade gossamer"):
+    with pytest.raises(CheckpointError, match=r"format_version 2 is newer .*install a newer Gossamer"):
         GossamerConfig.from_dict({"quant_method": "gossamer", "format_version": 2, "layers": {}})
 
 

@@ -141,6 +141,15 @@ def test_bad_knobs_are_refused() -> None:
             methods.create("cospadi", **knobs)
     with pytest.raises(ValueError, match="format is"):
         methods.create("wanda", format="csr")
+    with pytest.raises(ValueError, match="n of m is 1 <= n <= m <= 16, not 8:20"):
+        methods.create("wanda", format="nm24", n=8, m=20)
+    for name in methods.registry:
+        with pytest.raises(ValueError, match="dtype is a float of 16 bits or more"):
+            methods.create(name, dtype="int8")
+
+
+def test_no_alternation_is_none() -> None:
+    assert error("cospadi", iterations=0) > error("cospadi", iterations=20)
 
 
 def test_methods_that_need_statistics_say_so() -> None:

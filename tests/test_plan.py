@@ -136,8 +136,9 @@ def test_peak_memory_and_time_grow_with_the_model(model):
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size + 8 * 96**2 < made.peak_memory(tokens=128) < made.peak_memory(tokens=4096)
     assert plan(model, "magnitude", 0.3).peak_memory(1) < made.peak_memory(1)
-    seconds = made.seconds(1000, rate=1e9)
-    assert seconds is None or seconds > 0
+    assert 0 < made.seconds(1000, rate=1e9) < made.seconds(9000, rate=1e9)
+    slow = plan(model, "cospadi", 0.3, rules=[Rule("*.0.*", method="dense")])
+    assert made.seconds(1000, rate=1e9) < slow.seconds(1000, rate=1e9)
 
 
 def test_check_refuses_another_model(model):
@@ -150,3 +151,21 @@ def test_check_refuses_another_model(model):
     lost = LayerPlan("model.layers.9.x", (1, 2), "", l.method, l.ratio, l.knobs, 4, 4)
     with pytest.raises(PlanError, match=r"model\.layers\.9\.x is in the plan, not in the model"):
         Plan((lost,), {}).check(model)
+
+
+def test_an_edited_plan_is_checked_and_sized_again(model):
+    data = plan(model, "svd", 0.3).to_json()
+    data["layers"][0]["ratio"] = 0.5
+    assert Plan.from_json(data).layers[0].stored_bytes < data["layers"][0]["stored_bytes"]
+    for change, error, match in (
+        ({"ratio": 0.999}, RatioError, "out of reach"),
+        ({"ratio": 1.5}, RatioError, "not between 0 and 1"),
+        ({"method": "prune"}, KeyError, "unknown method 'prune'"),
+        ({"knobs": {"wibble": 1}}, TypeError, "no knob wibble"),
+    ):
+        edited = json.loads(json.dumps(data))
+        edited["layers"][0] |= change
+        with pytest.raises(error, match=match):
+            Plan.from_json(edited)
+    with pytest.raises(PlanError, match="no Gossamer plan"):
+        Plan.from_json([])

@@ -68,7 +68,12 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kwargs: Any) -
         folder, trust_remote_code=False, use_safetensors=True, local_files_only=True, **kwargs
     )
     if remembered := loaded.config.quantization_config.canary:
-        canary.check(loaded, remembered)
+        try:
+            canary.check(loaded, remembered)
+        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the canary in {folder}/config.json is damaged ({error}); fix: copy it again"
+            ) from None
     return loaded
 
 
@@ -137,8 +142,14 @@ def export(
     parameters. Tokenizer files of a folder are copied. The model given is not changed.
     """
     source = Path(model_or_dir) if isinstance(model_or_dir, str | Path) else None
+    folders.check_target(Path(out), lambda _: overwrite)
     model = densify(load(source) if source else copy.deepcopy(model_or_dir), dtype)
-    with folders.written(Path(out), _size(model), _replaceable(overwrite)) as new:
+    if dtype is not None:
+        for p in model.parameters():
+            p.data = p.data.to(dtype) if p.is_floating_point() else p.data
+        if _is_transformers(model):
+            model.config.dtype = dtype
+    with folders.written(Path(out), _size(model), lambda _: overwrite) as new:
         if _is_transformers(model):
             model.save_pretrained(new)
         else:

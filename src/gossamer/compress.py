@@ -21,7 +21,7 @@ from .calibrate import Calibration, Stream, placed
 from .choose import Choice, choose
 from .formats import Format, nbytes
 from .layers import Block, block_modules, find, replace, weight_of
-from .nn import SparseLinear
+from .nn import SparseLinear, sparse_layers
 from .plan import AUTO, LayerPlan, Plan, create, job_flops
 from .plan import plan as make_plan
 from .progress import Clock, LayerReport, Progress, Report, Track
@@ -112,7 +112,8 @@ class _Run:
         """Compress every block; raises at the first layer that fails, with all before it stored."""
         first = next((i for i, jobs in enumerate(self.jobs) if any(map(self._open, jobs))), len(self.blocks))
         self.stream = self._open_stream() if first <= self.last else None
-        self.folder.need(self.plan.stored_bytes + (2 * self.stream.boundary_bytes if self.stream else 0))
+        left = sum(l.stored_bytes for jobs in self.jobs for job in jobs if self._open(job) for l in job)
+        self.folder.need(left + (2 * self.stream.boundary_bytes if self.stream else 0))
         begin = self._begin(first)
         self.clock = self._clock(begin)
         for i, block in enumerate(self.blocks):
@@ -248,7 +249,10 @@ def _fitted(job: Sequence[LayerPlan], weights: list[Tensor], stats: Stats | None
             return method.fit(weights, stats, job[0].ratio)
     except (RuntimeError, ValueError) as e:
         names = ", ".join(l.name for l in job)
-        raise FitError(f"{names}: method '{method.name}' failed ({type(e).__name__.lstrip('_')}: {e})") from e
+        raise FitError(
+            f"{names}: method '{method.name}' failed ({type(e).__name__.lstrip('_')}: {e}); "
+            "fix: calibrate on more text, or give these layers another method or 'dense' by a rule"
+        ) from e
 
 
 def _errors(
@@ -318,7 +322,7 @@ def _how_to_resume(work: str | Path | None) -> str:
 
 def _attach(model: nn.Module) -> None:
     """Make save_pretrained of a transformers model write what is needed to load it again."""
-    if not hasattr(model, "save_pretrained"):
+    if not hasattr(model, "save_pretrained") or not sparse_layers(model):
         return
     from .hub import transformers
 

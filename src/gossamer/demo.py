@@ -166,7 +166,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _samples(rows: list[Row]) -> list[str]:
-    return [f"[bold]{r.name}[/]: {PROMPT}{' '.join(r.sample.split())}".replace("\\", "\\\\") for r in rows]
+    return [f"[bold]{r.name}[/]: {PROMPT} {' '.join(r.sample.split())}".replace("\\", "\\\\") for r in rows]
 
 
 def verdict(rows: list[Row]) -> str:

@@ -57,6 +57,11 @@ def perplexity(
     ids = torch.as_tensor(ids, dtype=torch.long).flatten()
     windows = _count(len(ids), window, windows)
     _check_vocabulary(model, ids[: windows * window])
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and window > longest:
+        raise ValueError(
+            f"windows have {window} tokens, the model reads at most {longest}; fix: window={longest} or less"
+        )
     total, device, training = 0.0, next(model.parameters()).device, model.training
     model.eval()
     try:

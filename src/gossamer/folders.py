@@ -21,11 +21,11 @@ def written(target: Path, size: int, replaceable: Callable[[Path], bool]) -> Ite
     `size`: bytes about to be written, checked against the free space before. A target that is not empty must be
     `replaceable`; what it alone holds is carried over, weights and their descriptions excepted.
     """
-    target = target.absolute()
+    target = target.resolve()
     old, new = (target.with_name(f".{target.name}.gossamer-{what}") for what in ("old", "new"))
     if old.exists() and not target.exists():
         os.replace(old, target)  # the process was killed between the two renames below
-    _check_target(target, replaceable)
+    check_target(target, replaceable)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < size + SPARE:
@@ -43,13 +43,12 @@ def written(target: Path, size: int, replaceable: Callable[[Path], bool]) -> Ite
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _check_target(target: Path, replaceable: Callable[[Path], bool]) -> None:
+def check_target(target: Path, replaceable: Callable[[Path], bool]) -> None:
+    """CheckpointError unless `target` is free, empty, or `replaceable`."""
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; fix: give a folder")
     if target.exists() and any(target.iterdir()) and not replaceable(target):
-        raise CheckpointError(
-            f"{target} holds something that is no Gossamer checkpoint; fix: give another folder, or overwrite=True"
-        )
+        raise CheckpointError(f"{target} holds something else already; fix: give another folder, or overwrite=True")
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
@@ -74,7 +73,11 @@ def carry(source: Path, new: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
     for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        if path.suffix == ".safetensors":
+            path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -167,7 +167,14 @@ def skeleton(folder: str | Path) -> nn.Module:
     stored = _stored(folder)
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise LayerError(
+            f"{folder} brings code of its own, which is not run; fix: use an architecture that transformers has"
+        ) from e
     if quantised := getattr(config, "quantization_config", None):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise LayerError(f"{folder}: the checkpoint is compressed already ({kind}); fix: start from the dense model")

@@ -35,7 +35,7 @@ class SparseLinear(nn.Module):
         self.layout = ops.to_layout(spec)
         self._names = tuple(formats.layout(spec))
         # In a tuple, so that the lender is not registered as a child and its tensors are saved once.
-        self._lender = () if lender is None else (lender,)
+        self._lender: tuple[SparseLinear, ...] = () if lender is None else (lender,)
         for name, (shape, kind) in formats.layout(spec).items():
             if not self._borrows(name):
                 self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))

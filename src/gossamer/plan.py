@@ -127,7 +127,7 @@ class Plan:
         `rate` is in operations per second; by default this machine's, taken from one float32 GEMM.
         """
         fits = sum(job_flops(j) for j in self.jobs())
-        calibration = calibration_flops(self, tokens) if any(create(l).needs_stats for l in self.layers) else 0
+        calibration = calibration_flops(self, tokens) if any(create(j[0]).needs_stats for j in self.jobs()) else 0
         return (fits + calibration) / (rate or gemm_rate())
 
     def to_json(self) -> dict[str, Any]:
@@ -136,6 +136,8 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; PlanError for what is no plan, or a newer one."""
+        if not isinstance(data, Mapping):
+            raise PlanError("this JSON is no Gossamer plan; fix: make one with `gossamer plan`")
         version = data.get("gossamer_plan")
         if not isinstance(version, int):
             raise PlanError("this JSON is no Gossamer plan; fix: make one with `gossamer plan`")
@@ -145,9 +147,12 @@ class Plan:
             )
         try:
             read = [LayerPlan(**(l | {"shape": (int(l["shape"][0]), int(l["shape"][1]))})) for l in data["layers"]]
-            return cls(tuple(read), dict(data["meta"]))
+            meta = dict(data["meta"])
         except (KeyError, TypeError, IndexError) as e:
             raise PlanError(f"damaged plan ({e}); fix: make it again with `gossamer plan`") from e
+        for l in read:  # a plan is there to be edited
+            _check_rule(Rule(l.name, l.method, None if l.method == DENSE else l.ratio, l.knobs))
+        return cls(_sized(read), meta)
 
     def save(self, path: str | Path) -> None:
         write_json(Path(path), self.to_json())

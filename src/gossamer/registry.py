@@ -1,7 +1,7 @@
 """One folder is one registry: a file `formats/bitmask.py` is the format named `bitmask`.
 
 Files are imported on first use. Packages outside the tree register through the entry-point groups
-`gossamer.formats`, `gossamer.methods` and `gossamer.kernels`; a file of ours wins over an entry point of the same name.
+`gossamer.formats` and `gossamer.methods`; a file of ours wins over an entry point of the same name.
 """
 
 from __future__ import annotations

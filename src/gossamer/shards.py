@@ -73,7 +73,7 @@ def header(path: Path) -> dict[str, Entry]:
         try:
             listed = json.loads(f.read(length))
             listed.pop("__metadata__", None)
-            end = max((e["data_offsets"][1] for e in listed.values()), default=0)
+            end = max((int(e["data_offsets"][1]) for e in listed.values()), default=0)
             found = {n: Entry(tuple(e["shape"]), DTYPES.get(e["dtype"]), path) for n, e in listed.items()}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(f"shard {path} has a damaged header ({error}); fix: copy it again") from None
@@ -105,7 +105,7 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder / pickles[0]} is a pickle, which can run code when it is read: refused; "
-            "fix: save again with gossamer.save, which writes safetensors"
+            "fix: save it again as safetensors, which gossamer.save and save_pretrained write"
         )
     return f"{folder} holds no {SINGLE} and no {INDEX}; fix: copy the checkpoint folder again, completely"
 
@@ -117,7 +117,7 @@ def check_version(found: Any) -> None:
     if found > FORMAT_VERSION:
         raise CheckpointError(
             f"format_version {found} is newer than this Gossamer reads ({FORMAT_VERSION}); "
-            "fix: pip install --upgrade gossamer"
+            "fix: install a newer Gossamer"
         )
 
 
@@ -127,7 +127,7 @@ def layouts(described: Mapping[str, Mapping[str, Any]]) -> dict[str, formats.Lay
     for name, entry in described.items():
         try:
             found[name] = _own(described, entry)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             reason = error.args[0] if error.args else type(error).__name__
             raise CheckpointError(
                 f"layer '{name}': {reason}; fix: copy config.json again, or upgrade or install what made it"
@@ -137,6 +137,8 @@ def layouts(described: Mapping[str, Mapping[str, Any]]) -> dict[str, formats.Lay
 
 def _own(described: Mapping[str, Mapping[str, Any]], entry: Mapping[str, Any]) -> formats.Layout:
     spec = entry["spec"]
+    if not isinstance(entry["bias"], bool):
+        raise ValueError(f"bias is {entry['bias']!r}, not true or false")
     _check_shapes(spec)
     layout = formats.layout(spec)
     if "lender" not in entry:
@@ -162,6 +164,11 @@ def _check_shapes(spec: Mapping[str, Any]) -> None:
 def check_layers(described: Mapping[str, Mapping[str, Any]], found: Mapping[str, Entry]) -> None:
     """CheckpointError where the tensors on disk are not those that the config describes."""
     for name, layout in layouts(described).items():
+        if described[name]["bias"] != (f"{name}.bias" in found):
+            raise CheckpointError(
+                f"layer '{name}': config.json and the shards disagree about its bias; "
+                "fix: copy both again, of one model"
+            )
         for tensor, (shape, dtype) in layout.items():
             entry = found.get(f"{name}.{tensor}")
             if entry is None:

@@ -68,7 +68,13 @@ class Calibration:
 
 def _ids(piece: Any, tokenizer: Any) -> Tensor:
     if not isinstance(piece, str):
-        found = torch.as_tensor(piece)
+        try:
+            found = torch.as_tensor(piece)
+        except (RuntimeError, TypeError, ValueError) as e:
+            raise CalibrationError(
+                f"calibration data holds a {type(piece).__name__}; fix: pass texts or token ids, such as "
+                "[row['text'] for row in data]"
+            ) from e
         if found.is_floating_point() and found.numel():
             raise CalibrationError(f"calibration ids are {found.dtype}, not integers; fix: pass texts or token ids")
         return found.to("cpu", torch.int64).flatten()

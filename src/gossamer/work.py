@@ -99,7 +99,7 @@ def _finite(tensor: Tensor) -> bool:
 
 def raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor of any dtype, row-major."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class Folder:
@@ -107,20 +107,20 @@ class Folder:
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], fresh: bool = False) -> None:
         self.path, self.groups, self.hidden = path, path / "groups", path / "hidden"
-        if fresh:
+        if fresh and (path / "fingerprint.json").exists():
             self._clear()
         self._claim(dict(fingerprint))
         self.groups.mkdir(exist_ok=True)
         self.hidden.mkdir(exist_ok=True)
-        for stale in path.rglob("*.part"):
+        # Ours, and those that safetensors itself writes through.
+        for stale in (*path.rglob("*.part"), *self.groups.glob(".tmp*")):
             stale.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        # Only what a run writes: the folder may be the user's own.
-        (self.path / "fingerprint.json").unlink(missing_ok=True)
+        # Only what a run writes: the folder may be the user's own. The fingerprint, which marks it as ours, goes last.
         for name in ("groups", "hidden"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("choice.json", "report.json"):
+        for name in ("choice.json", "report.json", "fingerprint.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def _claim(self, ours: dict[str, str]) -> None:
@@ -162,8 +162,14 @@ class Folder:
         # A clone of its own each: safetensors refuses views of one storage.
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
         meta = {"gossamer": json.dumps({"formats": kept, "facts": dict(facts)})}
-        with replacing(self._file(group)) as part:
-            save_file(tensors, part, metadata=meta)
+        try:
+            with replacing(self._file(group)) as part:
+                save_file(tensors, part, metadata=meta)
+        except (SafetensorError, OSError) as e:
+            raise WorkError(
+                f"{group}: its result could not be written to {self.path} ({e}); "
+                "fix: free some disk, then run the same command again"
+            ) from e
 
     def load(self, group: str, device: torch.device | str) -> tuple[list[Format], dict[str, Any]]:
         """The formats of a finished group, and its facts; WorkError if the file is damaged."""

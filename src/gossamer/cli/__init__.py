@@ -56,7 +56,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make a language model sparse, store it small, and run it where sparse is faster than dense.",
+    help="Make a language model sparse, store it small, load it back to the bit and run it.",
 )
 
 

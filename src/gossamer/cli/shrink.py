@@ -87,6 +87,7 @@ def compress(
     live, tokenizer = open_model(model, dtype)
     made = made or _plan(live, method, ratio, rule, knob, codes)
     console.print(plan_table(made))
+    out = out.resolve()
     place = work or out.with_name(out.name + ".work")
     count = samples or (BUILTIN_SAMPLES if calibration == BUILTIN else SAMPLES)
     how = {"samples": count, "length": length, "sequential": sequential, "device": device, "fresh": fresh}
@@ -94,13 +95,13 @@ def compress(
     try:
         with follow() as progress:
             run(live, text, made, tokenizer=tokenizer, work=place, progress=progress, report=reports.append, **how)
+        save(live, out, tokenizer=tokenizer)
     except KeyboardInterrupt:
         again = shlex.join(["gossamer", *(a for a in ctx.obj if a != "--fresh")])
         text = f"\nInterrupted; what is done is kept in {place}. Run the same command again to resume:\n  {again}"
         console.print(text, soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(130) from None
     _print_report(*reports)
-    save(live, out, tokenizer=tokenizer)
     if work is None:
         shutil.rmtree(place)
     console.print(f"Saved to {out}. Next: gossamer eval {out}")

@@ -98,7 +98,7 @@ def class_of(spec: Spec) -> type[Format]:
     if spec["version"] > cls.version:
         raise FormatError(
             f"format '{cls.name}' version {spec['version']} is newer than this Gossamer reads ({cls.version}); "
-            "fix: pip install --upgrade gossamer"
+            "fix: install a newer Gossamer"
         )
     return cls
 

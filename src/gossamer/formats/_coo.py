@@ -32,7 +32,8 @@ def matrix(a: Any) -> Tensor | Coo:
     if a.layout not in SPARSE:
         return a.detach()
     coo = a.detach().to_sparse_coo().coalesce()
-    return _nonzero(tuple(coo.shape), *coo.indices(), coo.values())
+    rows, cols = coo.indices()
+    return _nonzero(tuple(coo.shape), rows, cols, coo.values())
 
 
 def coo(a: Any) -> Coo:
@@ -51,8 +52,8 @@ def _from_scipy(a: Any) -> Coo:
     found = a.tocsr(copy=True)
     found.sum_duplicates()
     found = found.tocoo()
-    index = [torch.from_numpy(i.astype("int64")) for i in (found.row, found.col)]
-    return _nonzero(tuple(found.shape), *index, torch.from_numpy(found.data.copy()))
+    rows, cols = (torch.from_numpy(i.astype("int64")) for i in (found.row, found.col))
+    return _nonzero(tuple(found.shape), rows, cols, torch.from_numpy(found.data.copy()))
 
 
 def _nonzero(shape: tuple[int, ...], rows: Tensor, cols: Tensor, values: Tensor) -> Coo:

@@ -42,8 +42,8 @@ class NM(Format):
         found = _coo.matrix(a)
         if isinstance(found, _coo.Coo):
             parts = [cls.encode(rows, n, m) for rows in _dense_chunks(found)]
-            joined = [torch.cat(list(t)) for t in zip(*((p.weight, p.index) for p in parts), strict=True)]
-            return cls(found.shape, *joined, n, m)
+            weight, index = torch.cat([p.weight for p in parts]), torch.cat([p.index for p in parts])
+            return cls(found.shape, weight, index, n, m)
         groups = pad(found, (0, -found.shape[1] % m)).view(found.shape[0], -(-found.shape[1] // m), m)
         used = groups != 0
         _check_counts(used.sum(-1), n, m)

@@ -34,7 +34,7 @@ tags:
 
 # {{ name }}
 
-{{ kind }} with {{ count }} linear layers stored sparse by [Gossamer](https://pypi.org/project/gossamer/): \
+{{ kind }} with {{ count }} linear layers stored sparse by Gossamer: \
 {{ mb(stored) }} MB instead of {{ mb(dense) }} MB in bf16, every mask and index counted \
 (compression ratio {{ "%.3f"|format(1 - stored / dense) }}).
 
@@ -50,8 +50,9 @@ model = gossamer.load("{{ name }}", model=skeleton)  # skeleton: the original, d
 {% endif -%}
 ```
 
+{% if transformers -%}
 `gossamer.load("{{ name }}")` does the same and checks every file, every layer and the answer of the model as well.
-
+{% endif %}
 | layers | stored as | count | dense bf16 bytes | stored bytes | ratio |
 |---|---|---:|---:|---:|---:|
 {% for row in rows -%}
@@ -60,13 +61,15 @@ model = gossamer.load("{{ name }}", model=skeleton)  # skeleton: the original, d
 {% endfor -%}
 | all | | {{ count }} | {{ dense }} | {{ stored }} | {{ "%.3f"|format(1 - stored / dense) }} |
 
-Without Gossamer, write a plain dense checkpoint that loads anywhere:
+{% if transformers -%}
+To use it without Gossamer, write a plain dense checkpoint, which loads anywhere:
 
 ```python
 import gossamer
 
 gossamer.export("{{ name }}", "{{ name }}-dense")
 ```
+{%- endif %}
 """
 
 

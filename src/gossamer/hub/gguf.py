@@ -42,14 +42,14 @@ def in_package(name: str) -> Path:
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer) of one GGUF file, every weight dequantised to `dtype`."""
-    for package, fix in (("gguf", "gossamer[gguf]"), ("accelerate", "gossamer[hf]")):
+    for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
-            raise ValueError(f'reading {path} needs the package {package}; fix: pip install "{fix}"')
+            raise ValueError(f"reading {path} needs the package {package}; fix: pip install {package}")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(path)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     return _plain(model), tokenizer
 
 

@@ -53,7 +53,7 @@ def _register() -> None:
     except Exception as error:
         log.warning(
             "gossamer could not register with transformers (%s): sparse checkpoints will not load; "
-            "fix: pip install --upgrade 'gossamer[hf]'",
+            "fix: pip install --upgrade transformers",
             error,
         )
 

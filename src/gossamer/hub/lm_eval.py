@@ -10,7 +10,7 @@ from typing import Any
 def check_installed() -> None:
     """ValueError with the pip command if lm-eval is missing."""
     if find_spec("lm_eval") is None:
-        raise ValueError('--tasks needs the package lm-eval; fix: pip install "gossamer[eval]"')
+        raise ValueError("--tasks needs the package lm-eval; fix: pip install lm-eval")
 
 
 def evaluate(model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int = 1, limit: int | None = None) -> Any:

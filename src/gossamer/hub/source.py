@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..formats import dtype_of
-from ..shards import read_json
+from ..shards import read_json, tensors
 from . import gguf
 
 
@@ -20,7 +20,7 @@ def open_model(source: str | Path, dtype: str = "auto", device: str | None = Non
     `dtype` is a torch name or "auto": as stored, and float32 for GGUF. ValueError or OSError names what is wrong.
     """
     if find_spec("transformers") is None:
-        raise ValueError('loading a model needs the package transformers; fix: pip install "gossamer[hf]"')
+        raise ValueError("loading a model needs the package transformers; fix: pip install transformers accelerate")
     check_device(device)
     kind = dtype if dtype == "auto" else dtype_of(dtype)
     if file := gguf.find(source):
@@ -62,9 +62,18 @@ def _open(source: str | Path, dtype: Any) -> tuple[Any, Any]:
         if is_compressed(path):
             from ..checkpoint import load
 
-            return load(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(source)
+            return load(path, dtype=dtype), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if path.is_dir():
+            tensors(path)  # a shard that is cut short has a clear error here
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ValueError as e:
+        if "trust_remote_code" in str(e):
+            raise ValueError(
+                f"{source} brings code of its own, which is not run; fix: use a model of an architecture that "
+                "transformers has"
+            ) from e
+        raise
     except OSError as e:
         if path.exists():
             fix = "fix: name a folder with config.json, tokenizer and safetensors weights (pickles are refused)"

@@ -34,7 +34,7 @@ class GossamerConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         shards.check_version(format_version)
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # theirs is an enumeration of what they ship
         self.format_version = format_version
         self.gossamer = gossamer or _version()
         self.layers = layers or {}
@@ -63,6 +63,7 @@ class GossamerQuantizer(HfQuantizer):
         shards.layouts(described)
         here = _renamed(model, described)
         checkpoint.check_skeleton(model, here)
+        _check_biases(model, here)
         swap(model, here, device="meta")
         return model
 
@@ -155,10 +156,18 @@ def _renamed(model: Any, described: Mapping[str, Mapping[str, Any]]) -> dict[str
     }
 
 
+def _check_biases(model: Any, described: Mapping[str, Mapping[str, Any]]) -> None:
+    # A bias that the config denies would be left out of the model without a word.
+    for name, entry in described.items():
+        if entry["bias"] != (getattr(model.get_submodule(name), "bias", None) is not None):
+            raise CheckpointError(f"layer '{name}': config.json is wrong about its bias; fix: copy config.json again")
+
+
 def _check_loaded(name: str, layer: SparseLinear) -> None:
     # transformers marks what it has read, and fills what it has not with random numbers and a warning.
-    read = {n: getattr(p, "_is_hf_initialized", False) for n, p in layer.named_parameters(recurse=False)}
-    if any(read.values()) and not all(read.values()):
+    held = layer.named_parameters(recurse=False)
+    read = {n: getattr(p, "_is_hf_initialized", False) for n, p in held if not p.is_meta}  # on meta: offloaded
+    if not all(read.values()):
         lost = next(n for n, seen in read.items() if not seen)
         raise CheckpointError(f"layer '{name}': tensor '{lost}' is in no shard; fix: copy the checkpoint again")
 

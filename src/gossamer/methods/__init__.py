@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..formats import Format
+from ..formats import Format, dtype_of
 from ..registry import Registry
 from ..stats import Stats
 
@@ -31,7 +31,6 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs_stats: ClassVar[bool] = True
-    shares: ClassVar[bool] = False  # whether the formats of one group may share tensors
 
     @abstractmethod
     def fit(self, group: Sequence[Tensor], stats: Stats | None, ratio: float) -> list[Format]:
@@ -54,9 +53,6 @@ class Method(ABC):
         """Roughly how many operations `fit` takes, for the time that a plan foretells; here, one pass of sorting."""
         return 50.0 * sum(m * k for m, k in shapes)
 
-    def knobs(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 registry: Registry[Method] = Registry("gossamer.methods", Method)
 
@@ -68,6 +64,12 @@ def create(name: str, **knobs: Any) -> Method:
     if unknown := sorted(set(knobs) - set(known)):
         raise TypeError(f"method '{name}' has no knob {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
     return cls(**knobs)
+
+
+def check_dtype(method: str, dtype: str) -> None:
+    """ValueError unless values can be stored in `dtype` without being scaled first."""
+    if not dtype_of(dtype).is_floating_point or dtype_of(dtype).itemsize < 2:
+        raise ValueError(f"{method}: dtype is a float of 16 bits or more, not '{dtype}'")
 
 
 def dense_bytes(shape: Shape) -> int:

@@ -13,7 +13,7 @@ from ..formats import Format, dtype_of
 from ..formats.bitmask import Bitmask
 from ..formats.nm24 import NM
 from ..stats import Stats
-from . import Method, RatioError, Shape, dense_bytes
+from . import Method, RatioError, Shape, check_dtype, dense_bytes
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Pruning(Method):
     def __post_init__(self) -> None:
         if self.format not in ("bitmask", "nm24"):
             raise ValueError(f"{self.name}: format is 'bitmask' or 'nm24', not '{self.format}'")
+        if not 1 <= self.n <= self.m <= 16:
+            raise ValueError(f"{self.name}: n of m is 1 <= n <= m <= 16, not {self.n}:{self.m}")
+        check_dtype(self.name, self.dtype)
 
     def size(self, shapes: Sequence[Shape], ratio: float) -> list[int]:
         if self.format == "nm24":

@@ -22,7 +22,7 @@ from ..formats.dense import Dense
 from ..formats.nm24 import NM
 from ..formats.product import Product
 from ..stats import Stats
-from . import Method, RatioError, Shape, _dictionary, _ksvd, _outer, dense_bytes
+from . import Method, RatioError, Shape, _dictionary, _ksvd, _outer, check_dtype, dense_bytes
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,11 @@ class CoSpaDi(Method):
         for knob, known in (("side", ("short", "in")), ("codes", ("bitmask", "nm24")), ("solver", ("fast", "ksvd"))):
             if getattr(self, knob) not in known:
                 raise ValueError(f"cospadi: {knob} is {' or '.join(map(repr, known))}, not '{getattr(self, knob)}'")
+        check_dtype(self.name, self.dtype)
         if self.rho < 1:
             raise ValueError(f"cospadi: rho = k / s is at least 1, not {self.rho}")
         if self.solver == "ksvd" and (self.codes, self.side) != ("bitmask", "in"):
             raise ValueError("cospadi: solver='ksvd' finds free supports on the inputs; add side='in', codes='bitmask'")
-
-    @property
-    def shares(self) -> bool:  # type: ignore[override]
-        return self.share
 
     def size(self, shapes: Sequence[Shape], ratio: float) -> list[int]:
         if not self.share:
@@ -73,7 +70,7 @@ class CoSpaDi(Method):
         """The products of one alternation, times 3 for what is not a product; K-SVD's sweep and pursuit by atoms."""
         m, w, k, steps = b.rows, b.width, b.k, self.steps
         if self.solver == "ksvd":
-            return (self.iterations or 60) * (2.0 * m * b.s * (k * k + b.s * b.s) + 40.0 * k * m * w)
+            return self._rounds * (2.0 * m * b.s * (k * k + b.s * b.s) + 40.0 * k * m * w)
         if b.outer:
             return self._rounds * 6.0 * ((2 + steps) * k * w * (w + k) + 3 * m * k * w)
         return self._rounds * 6.0 * ((3 + steps) * m * k * k + 3 * m * k * w + k * k * w)
@@ -116,7 +113,7 @@ class CoSpaDi(Method):
     def solve(self, a: Tensor, k: int, s: int) -> Pair:
         """(codes [b, M, k], atoms [b, k, K]) for a batch of whitened weights [b, M, K] of one shape."""
         if self.solver == "ksvd":
-            return _ksvd.learn(a, k, s, self.iterations or 60)
+            return _ksvd.learn(a, k, s, self._rounds)
         select = self._select(lambda scores: patterns.top_per_row(scores, s))
         return _dictionary.learn(a, k, select, self._rounds, self.procrustes, self.steps)
 
@@ -135,7 +132,7 @@ class CoSpaDi(Method):
 
     @property
     def _rounds(self) -> int:
-        return self.iterations or 30
+        return (60 if self.solver == "ksvd" else 30) if self.iterations is None else self.iterations
 
     def _budget(self, shapes: Sequence[Shape], ratio: float) -> _Budget:
         """The largest dictionary at this rho that fits, then the codes that fill what is left."""

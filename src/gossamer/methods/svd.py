@@ -16,7 +16,7 @@ from ..formats import Format, dtype_of
 from ..formats.dense import Dense
 from ..formats.product import Product
 from ..stats import Stats
-from . import Method, RatioError, Shape, dense_bytes
+from . import Method, RatioError, Shape, check_dtype, dense_bytes
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class SVD(Method):
     dtype: str = "bfloat16"
 
     name: ClassVar[str] = "svd"
+
+    def __post_init__(self) -> None:
+        check_dtype(self.name, self.dtype)
 
     def size(self, shapes: Sequence[Shape], ratio: float) -> list[int]:
         itemsize = dtype_of(self.dtype).itemsize
