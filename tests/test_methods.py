@@ -240,12 +240,12 @@ def test_ksvd_falls_and_keeps_supports() -> None:
 
 
 def test_ksvd_atom_update_is_the_best_rank_one() -> None:
-    strong = 4 * torch.outer(torch.randn(12), torch.nn.functional.normalize(torch.randn(8), dim=0))
-    a, used = (torch.randn(12, 8) + strong)[None], torch.arange(12) < 7
+    a, used = torch.randn(1, 12, 8), torch.arange(12) < 7
     before = torch.where(used, 1.0, 0.0)[None, :, None]
     code, atom = _ksvd._rank_one(a, before, torch.zeros(1, 1, 8) + 0.3, 16)
-    u, s, v = torch.linalg.svd(a[0, :7] + 0.3)
-    assert torch.allclose(code[0, :7] @ atom[0], s[0] * torch.outer(u[:, 0], v[0]), atol=1e-2)
+    values = torch.linalg.svdvals(a[0, :7] + 0.3)
+    lost = (a[0, :7] + 0.3 - code[0, :7] @ atom[0]).square().sum()
+    assert lost < 1.02 * values[1:].square().sum() + 0.01 * values[0].square()
     assert not code[0, 7:].any()
 
 

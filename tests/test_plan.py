@@ -92,9 +92,9 @@ def test_errors_come_before_any_work(model, arguments, error, match):
 def test_auto_is_sized_now_and_resolved_later(model):
     made = plan(model, rules=[Rule("*.down_proj", "svd")])
     assert made.automatic and made.ratio == pytest.approx(0.3, abs=0.02)
-    chosen = made.resolve("cospadi", {"rho": 2.0})
+    chosen = made.resolve("cospadi")
     assert not chosen.automatic
-    expected = plan(model, "cospadi", 0.3, [Rule("*.down_proj", "svd")], rho=2.0)
+    expected = plan(model, "cospadi", 0.3, [Rule("*.down_proj", "svd")])
     assert chosen == expected
 
 

@@ -103,7 +103,7 @@ class _Run:
         self.model, self.blocks, self.data, self.folder = model, blocks, data, folder
         self.device, self.sequential, self.notify = device, sequential, notify
         self.choice = self._choice(plan) if plan.automatic else None
-        self.plan = plan.resolve(self.choice.method, self.choice.knobs) if self.choice else plan
+        self.plan = plan.resolve(self.choice.method) if self.choice else plan
         self.jobs = _by_block(blocks, self.plan.jobs())
         self.last = max((i for i, jobs in enumerate(self.jobs) if any(map(_needs_stats, jobs))), default=-1)
         self.layers: list[LayerReport] = []

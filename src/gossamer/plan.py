@@ -92,9 +92,9 @@ class Plan:
         """The layers to fit together: same input, same method, same ratio, same knobs. Dense layers are in none."""
         return _jobs([l for l in self.layers if l.method != DENSE])
 
-    def resolve(self, method: str, knobs: Mapping[str, Any] | None = None) -> Plan:
-        """This plan with `method` wherever it says "auto"."""
-        chosen = [replace(l, method=method, knobs=dict(knobs or {})) if l.method == AUTO else l for l in self.layers]
+    def resolve(self, method: str) -> Plan:
+        """This plan with `method`, as it is by default, wherever it says "auto"."""
+        chosen = [replace(l, method=method, knobs={}) if l.method == AUTO else l for l in self.layers]
         return replace(self, layers=_sized(chosen))
 
     def rows(self) -> list[dict[str, Any]]:

@@ -1,15 +1,15 @@
 """Sparse dictionary learning as a handful of large matrix products; the default solver of `cospadi`.
 
 For rows A [b, M, K] (whitened weights) find codes S [b, M, k], `select`ed entries per row, and atoms B [b, k, K] that
-minimise ||A - S B||_F. The first dimension is a batch. Three stages, each no worse than the one before:
+minimise ||A - S B||_F. The first dimension is a batch. Three stages:
 
-1. eigen start: the k leading right singular vectors; past min(M, K), rows of what they leave over;
-2. Procrustes rounds while the atoms can be orthonormal (k <= K): S = select(A B^T) is then the exact best code, and
-   B = polar(S^T A) the exact best orthonormal dictionary;
+1. eigen start: the leading right singular vectors, up to min(k, M, K) of them;
+2. Procrustes rounds: for orthonormal atoms S = select(A B^T) is the exact best code, and B = polar(S^T A) the exact
+   best orthonormal dictionary for it. Where k is larger, the leading directions of what is left over follow;
 3. alternate: hard-thresholding pursuit for S (a gradient step picks the support, conjugate gradients on that support
-   give the values), then least squares for B.
+   give the values), then least squares for B. A round that does not lower the error is undone.
 
-After COMPOT (arXiv 2602.15200) for 2 and GeoPair for the pursuit in 3; see docs for what each stage is worth.
+Stage 2 is the core of COMPOT (arXiv 2602.15200), the pursuit in 3 is GeoPair's.
 """
 
 from __future__ import annotations
