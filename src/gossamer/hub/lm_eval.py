@@ -19,7 +19,7 @@ def evaluate(model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int =
     ValueError if lm-eval is missing or does not know a task.
     """
     check_installed()
-    from lm_eval import simple_evaluate
+    from lm_eval import simple_evaluate  # type: ignore  # pyright takes lm_eval for this file
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
