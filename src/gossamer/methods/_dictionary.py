@@ -15,6 +15,7 @@ Stage 2 is the core of COMPOT (arXiv 2602.15200), the pursuit in 3 is GeoPair's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -87,10 +88,33 @@ def leading(a: Tensor, rank: int) -> Tensor:
     m, k = a.shape[-2:]
     wide = a.double()
     if k <= m:
-        return torch.linalg.eigh(wide.mT @ wide).eigenvectors[..., -rank:].mT.to(a.dtype).contiguous()
-    left = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:]
+        return eigenvectors(wide.mT @ wide)[..., -rank:].mT.to(a.dtype).contiguous()
+    left = eigenvectors(wide @ wide.mT)[..., -rank:]
     right = left.mT @ wide
     return (right / right.norm(dim=-1, keepdim=True).clamp_min(EPS)).to(a.dtype)
+
+
+def eigenvectors(gram: Tensor) -> Tensor:
+    """The eigenvectors of symmetric matrices [b, n, n] as columns, by ascending eigenvalue.
+
+    On a GPU torch takes the matrices of a batch one after the other, and one of this size leaves most of it idle: four
+    threads, a stream each, keep it busy.
+    """
+    if not gram.is_cuda or gram.shape[0] < 2:
+        return torch.linalg.eigh(gram).eigenvectors
+    ready = torch.cuda.current_stream(gram.device)
+
+    def solve(part: Tensor) -> Tensor:
+        stream = torch.cuda.Stream(gram.device)
+        stream.wait_stream(ready)
+        with torch.cuda.stream(stream):
+            found = torch.linalg.eigh(part).eigenvectors
+        stream.synchronize()
+        found.record_stream(ready)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        return torch.cat(list(pool.map(solve, gram.chunk(4))))
 
 
 def polar(b: Tensor) -> Tensor:
@@ -155,7 +179,13 @@ def least_squares(a: Tensor, codes: Tensor) -> Tensor:
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(EPS)
     eye = torch.eye(gram.shape[-1], dtype=a.dtype, device=a.device)
     factor, _ = torch.linalg.cholesky_ex(gram + 1e-6 * level * eye)
-    return torch.cholesky_solve(codes.mT @ a, factor)
+    return solved(factor, codes.mT @ a)
+
+
+def solved(factor: Tensor, target: Tensor) -> Tensor:
+    """(L L^T)^-1 target; torch.cholesky_solve would loop over the batch on a GPU."""
+    half = torch.linalg.solve_triangular(factor, target, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
 def normalised(codes: Tensor, atoms: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

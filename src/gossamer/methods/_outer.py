@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dictionary import EPS, Select, normalised
+from ._dictionary import EPS, Select, eigenvectors, normalised, solved
 
 STRIDE = 1.5  # as in `_dictionary`; the coupling of the columns makes long steps overshoot sooner
 
@@ -25,7 +25,7 @@ def learn(w: Tensor, gram: Tensor, k: int, select: Select, iterations: int, step
     """
     seen = w @ gram
     energy = (seen * w).sum((-2, -1))
-    atoms = torch.linalg.eigh((seen @ w.mT).double()).eigenvectors[..., -k:].to(w.dtype)
+    atoms = eigenvectors((seen @ w.mT).double())[..., -k:].to(w.dtype)
     codes = atoms.mT @ w
     codes = torch.where(select(codes.abs()), codes, 0)
     atoms, best = _least_squares(seen, codes, codes @ gram, energy)
@@ -73,7 +73,7 @@ def _least_squares(seen: Tensor, codes: Tensor, image: Tensor, energy: Tensor) -
     level = inner.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(EPS)
     ridge = 1e-6 * level * torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
     factor, _ = torch.linalg.cholesky_ex(inner + ridge)
-    atoms = torch.cholesky_solve(target.mT, factor).mT
+    atoms = solved(factor, target.mT).mT
     return atoms, energy + (atoms * (atoms @ inner - 2 * target)).sum((-2, -1))
 
 
