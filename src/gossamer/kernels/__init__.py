@@ -1,1 +1,71 @@
-"""Kernels: how a format runs. `reference` is the oracle of every other one and the last resort on any device."""
+"""Kernels: how a format runs. One file is one kernel; `reference` is the oracle of all of them and the last resort.
+
+A kernel declares its domain and works in two steps: `pack` turns a stored format into its own run-time layout (a few
+tensors and constants, never saved; stored tensors are used where they lie if they will do), `run` computes with it.
+`run` is called from inside an op: it never times, never synchronises and allocates through torch only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, Spec
+from ..registry import Registry
+
+
+class KernelError(RuntimeError):
+    """A kernel asked for by name cannot run; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to run: y [.., M] = x [.., K] A^T + bias, for A of `spec`, `tokens` rows of x, `dtype` that of x."""
+
+    spec: Spec
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A run-time layout: tensors on one device, and JSON-able constants."""
+
+    tensors: tuple[Tensor, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+class Kernel(ABC):
+    """One way to run a format on one kind of device; all class methods, there is nothing to instantiate."""
+
+    name: ClassVar[str]
+    device: ClassVar[str]  # torch's device type
+    formats: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abstractmethod
+    def refuses(cls, case: Case) -> str | None:
+        """Why it cannot run this case (a phrase that completes "it needs ..."), or None if it can."""
+
+    @classmethod
+    @abstractmethod
+    def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
+        """The run-time layout of `a`, on the device where `a` lies, for x of `dtype`."""
+
+    @classmethod
+    @abstractmethod
+    def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        """y [.., M] in the dtype of x, a new tensor; x [.., K] of any strides, any number of leading dimensions."""
+
+
+registry: Registry[Kernel] = Registry("gossamer.kernels", Kernel)
