@@ -4,6 +4,9 @@
 
 #include "bitmask.h"
 #include "isa.h"
+#include "linear.h"
+#include "pages.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -28,4 +31,16 @@ NB_MODULE(_native, m) {
         "dst"_a, "dst_row_stride_bytes"_a, "threads"_a, nogil, "bitmask_unpack of bfloat16 values into float32.");
   m.def("popcount_rows", popcount_rows, "mask"_a, "rows"_a, "row_bytes"_a, "counts"_a, "threads"_a, nogil,
         "Set bits per row, int64.");
+
+  m.def("bitmask_linear", bitmask_linear, "mask"_a, "values"_a, "offsets"_a, "type"_a, "rows"_a, "cols"_a, "x"_a,
+        "x_type"_a, "x_row_stride_bytes"_a, "tokens"_a, "bias"_a, "bias_type"_a, "y"_a, "threads"_a, nogil,
+        "y [tokens, rows] = x A^T + bias; tokens 1 to 16, types 0 = float32, 1 = bfloat16, y's that of x.");
+  m.def("dense_linear", dense_linear, "weight"_a, "type"_a, "rows"_a, "cols"_a, "x"_a, "x_type"_a,
+        "x_row_stride_bytes"_a, "tokens"_a, "bias"_a, "bias_type"_a, "y"_a, "threads"_a, nogil,
+        "bitmask_linear of a dense [rows, cols].");
+  m.def("sum_words", sum_words, "buffer"_a, "bytes"_a, "threads"_a, nogil,
+        "The sum of the 64-bit words of a buffer of whole cache lines, modulo 2^64.");
+  m.def("move_to_huge_pages", move_to_huge_pages, "begin"_a, "bytes"_a, nogil,
+        "Moves memory onto huge pages without changing its address; False where the system would not.");
+  m.def("threads_of", threads_of, "Whose threads do the work: openmp (those of torch) or threads (made for the call).");
 }

@@ -3,49 +3,25 @@
 
 #include <cstdint>
 
+#include "avx2_lut.h"
+
 namespace gossamer {
 namespace {
 
-struct Lut {
-  alignas(64) uint8_t compress[256][8];  // where the i-th kept lane comes from
-  alignas(64) uint8_t expand[256][8];    // which value lane i takes; 0x80 = zero, as pshufb has it
-};
-
-constexpr Lut make_lut() {
-  Lut lut{};
-  for (int m = 0; m < 256; ++m)
-    for (int i = 0, n = 0; i < 8; ++i) {
-      lut.expand[m][i] = 0x80;
-      if ((m >> i & 1) == 0) continue;
-      lut.compress[m][n] = static_cast<uint8_t>(i);
-      lut.expand[m][i] = static_cast<uint8_t>(n++);
-    }
-  return lut;
-}
-
-constexpr Lut lut = make_lut();
-
-__m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
-__m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-__m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void store8(void* p, __m128i x) { _mm_storel_epi64(static_cast<__m128i*>(p), x); }
 void store16(void* p, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
 void store32(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
-// shuffle: dst[i] = src[index[i]], or 0 where index[i] has its top bit set, for eight elements of each width.
 void shuffle(const uint8_t* src, const uint8_t* index, uint8_t* dst) {
   store8(dst, _mm_shuffle_epi8(load8(src), load8(index)));
 }
 
 void shuffle(const uint16_t* src, const uint8_t* index, uint16_t* dst) {
-  const __m128i i = load8(index);
-  const __m128i twice = _mm_adds_epu8(_mm_unpacklo_epi8(i, i), _mm_unpacklo_epi8(i, i));  // saturates: 0x80 stays high
-  store16(dst, _mm_shuffle_epi8(load16(src), _mm_adds_epu8(twice, _mm_set1_epi16(0x0100))));
+  store16(dst, shuffled16(load16(src), load8(index)));
 }
 
 void shuffle(const uint32_t* src, const uint8_t* index, uint32_t* dst) {
-  const __m256i i = _mm256_cvtepi8_epi32(load8(index));
-  store32(dst, _mm256_andnot_si256(_mm256_srai_epi32(i, 31), _mm256_permutevar8x32_epi32(load32(src), i)));
+  store32(dst, shuffled32(load32(src), load8(index)));
 }
 
 // Four 64-bit elements are eight 32-bit halves: each mask bit twice.

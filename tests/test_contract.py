@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gossamer import formats, methods, ops, patterns
+from gossamer import dispatch, formats, methods, patterns
 from gossamer.formats import FormatError
 from gossamer.kernels import reference
 from gossamer.methods import RatioError
@@ -152,7 +152,7 @@ def test_reference_kernel_against_float64(name: str, dtype: torch.dtype, lead: t
 @pytest.mark.parametrize("name", FORMATS)
 def test_op_equals_reference_kernel(name: str) -> None:
     found = formats.registry[name].encode(holdable(name, torch.randn(9, 21)))
-    x, parts, layout = torch.randn(4, 21), list(found.tensors().values()), ops.to_layout(found.spec())
+    x, parts, layout = torch.randn(4, 21), list(found.tensors().values()), dispatch.to_layout(found.spec())
     assert torch.equal(torch.ops.gossamer.linear(x, parts, layout, None), reference.linear(x, found))
     assert torch.equal(torch.ops.gossamer.decode(parts, layout, torch.float32), found.decode())
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gossamer import formats, methods, nn, ops, patterns
+from gossamer import dispatch, formats, methods, nn, patterns
 from gossamer.kernels import reference
 from gossamer.stats import Stats
 
@@ -80,5 +80,5 @@ def test_methods_fit_as_well_as_on_the_cpu(name: str) -> None:
 def test_op_equals_the_reference_kernel() -> None:
     found = formats.registry["product"].encode(torch.randn(9, 21).cuda())
     x, parts = torch.randn(4, 21, device="cuda"), list(found.tensors().values())
-    y = torch.ops.gossamer.linear(x, parts, ops.to_layout(found.spec()), None)
+    y = torch.ops.gossamer.linear(x, parts, dispatch.to_layout(found.spec()), None)
     assert torch.equal(y, reference.linear(x, found))

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,8 +186,110 @@ def test_wrong_arguments_are_refused() -> None:
         native.pack_bitmask(torch.zeros(2))
     with pytest.raises(ValueError, match="uint8"):
         native.popcount_rows(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="17 tokens"):
+        native.dense_linear(torch.zeros(17, 2), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="takes 2"):
+        native.dense_linear(torch.zeros(1, 3), torch.zeros(2, 2))
     with pytest.raises(ValueError, match="itemsize"):
         native.require().bitmask_count(0, 0, 0, 0, 3, False, 0, 1)
+
+
+def sparse(rows: int, cols: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A dense bfloat16 matrix and its values, mask and offsets."""
+    g = torch.Generator().manual_seed(0)
+    a = (torch.randn(rows, cols, generator=g) * (torch.rand(rows, cols, generator=g) < 0.5)).bfloat16()
+    values, mask = native.pack_bitmask(a)
+    return a, values, mask, native.row_offsets(values, mask, a.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_products_stay_inside_their_buffers(isa: str, tokens: int, dtype: torch.dtype) -> None:
+    """Weights, x, bias and offsets all end where an unreadable page begins."""
+    for rows, cols in [(1, 1), (3, 141), (7, 64), (2, 4097)]:
+        a = random_bits((rows, cols), torch.int8, 0.4).to(dtype)
+        values, mask = native.pack_bitmask(a)
+        offsets = native.row_offsets(values, mask, a.shape)
+        x, bias = guarded(torch.ones(tokens, cols, dtype=dtype)), guarded(torch.ones(rows, dtype=dtype))
+        want = (a.double().sum(1) + 1).expand(tokens, -1).to(dtype)
+        packed = (guarded(values), guarded(mask), guarded(offsets)) if len(values) else (values, guarded(mask), offsets)
+        torch.testing.assert_close(native.bitmask_linear(x, *packed, cols, bias), want)
+        torch.testing.assert_close(native.dense_linear(x, guarded(a), bias), want)
+
+
+def test_threads_are_those_of_torch() -> None:
+    """One OpenMP runtime in the process, torch's, and it does our work."""
+    assert native.require().threads_of() == "openmp"
+    with open("/proc/self/maps") as file:
+        runtimes = {line.split()[-1] for line in file if "omp" in os.path.basename(line.split()[-1])}
+    assert len(runtimes) == 1 and os.path.dirname(torch.__file__) in runtimes.pop()
+
+
+def test_calls_from_several_python_threads(threads: int) -> None:
+    a, values, mask, offsets = sparse(1500, 1100)
+    x = [torch.randn(1, 1100, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    alone = [native.bitmask_linear(one, values, mask, offsets, 1100) for one in x]
+    with ThreadPoolExecutor(8) as pool:
+        for together in (
+            list(pool.map(lambda one: native.bitmask_linear(one, values, mask, offsets, 1100), x)) for _ in range(20)
+        ):
+            assert all(torch.equal(y, z) for y, z in zip(together, alone, strict=True))
+        packs = list(pool.map(lambda _: native.pack_bitmask(a), range(8)))
+    assert all(torch.equal(v, values) and torch.equal(m, mask) for v, m in packs)
+
+
+FORK = """
+import os, sys, torch
+from gossamer import native
+a = torch.where(torch.rand(3000, 2000) < 0.5, torch.randn(3000, 2000), 0).bfloat16()
+torch.set_num_threads(2)
+values, mask = native.pack_bitmask(a)
+offsets = native.row_offsets(values, mask, a.shape)
+x = torch.randn(1, 2000)
+y = native.bitmask_linear(x, values, mask, offsets, 2000)
+assert native.require().threads_of() == "openmp"
+child = os.fork()
+if child == 0:  # numpy compares: torch's own parallel operations do hang here
+    same = torch.equal(native.bitmask_linear(x, values, mask, offsets, 2000), y)
+    back = native.unpack_bitmask(*native.pack_bitmask(a), a.shape)
+    same &= bool((back.view(torch.int16).numpy() == a.view(torch.int16).numpy()).all())
+    os._exit(0 if same and native.require().threads_of() == "threads" else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert torch.equal(native.bitmask_linear(x, values, mask, offsets, 2000), y)
+"""
+
+
+def test_after_fork() -> None:
+    """The child has none of the parent's OpenMP threads; it must not wait for them."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_inside_a_parallel_region_the_caller_works_alone() -> None:
+    """Called from a thread of somebody's OpenMP team, as a callback of a parallel loop would be."""
+    _, values, mask, offsets = sparse(1500, 1100)
+    x = torch.randn(1, 1100)
+    want, found = native.bitmask_linear(x, values, mask, offsets, 1100), {}
+    openmp = ctypes.CDLL(None)
+    body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(
+        lambda _: found.__setitem__(openmp.omp_get_thread_num(), native.bitmask_linear(x, values, mask, offsets, 1100))
+    )
+    openmp.GOMP_parallel(body, None, 2, 0)
+    assert set(found) == {0, 1} and all(torch.equal(y, want) for y in found.values())
+
+
+def test_sums_words(isa: str, threads: int) -> None:
+    for lines in (1, 3, 20000):
+        buffer = torch.randint(0, 256, (64 * lines,), dtype=torch.uint8)
+        assert native.sum_words(buffer) == int(buffer.view(torch.int64).sum()) % 2**64
+
+
+def test_huge_pages_move_nothing() -> None:
+    x = torch.arange(5 << 18, dtype=torch.int32)
+    address = x.data_ptr()
+    native.move_to_huge_pages(x)
+    native.move_to_huge_pages(x[:0])
+    assert x.data_ptr() == address and torch.equal(x, torch.arange(5 << 18, dtype=torch.int32))
 
 
 def test_unknown_isa_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer import formats, ops, patterns
+from gossamer import dispatch, formats, patterns
 from gossamer.formats import Format
 from gossamer.formats.product import Product
 from gossamer.nn import SparseLinear, describe, sparse_layers, swap
@@ -97,7 +97,7 @@ def test_gradcheck(name: str) -> None:
 
 
 def test_opcheck(a: Format) -> None:
-    parts, layout = list(a.tensors().values()), ops.to_layout(a.spec())
+    parts, layout = list(a.tensors().values()), dispatch.to_layout(a.spec())
     x, bias = torch.randn(2, 3, K, requires_grad=True), torch.randn(M, requires_grad=True)
     torch.library.opcheck(torch.ops.gossamer.linear.default, (x, parts, layout, bias))
     torch.library.opcheck(torch.ops.gossamer.linear.default, (x, parts, layout, None))

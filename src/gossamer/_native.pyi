@@ -52,3 +52,50 @@ def bitmask_unpack_bf16_f32(
 
 def popcount_rows(mask: int, rows: int, row_bytes: int, counts: int, threads: int) -> None:
     """Set bits per row, int64."""
+
+def bitmask_linear(
+    mask: int,
+    values: int,
+    offsets: int,
+    type: int,
+    rows: int,
+    cols: int,
+    x: int,
+    x_type: int,
+    x_row_stride_bytes: int,
+    tokens: int,
+    bias: int,
+    bias_type: int,
+    y: int,
+    threads: int,
+) -> None:
+    """
+    y [tokens, rows] = x A^T + bias; tokens 1 to 16, types 0 = float32, 1 = bfloat16, y's that of x.
+    """
+
+def dense_linear(
+    weight: int,
+    type: int,
+    rows: int,
+    cols: int,
+    x: int,
+    x_type: int,
+    x_row_stride_bytes: int,
+    tokens: int,
+    bias: int,
+    bias_type: int,
+    y: int,
+    threads: int,
+) -> None:
+    """bitmask_linear of a dense [rows, cols]."""
+
+def sum_words(buffer: int, bytes: int, threads: int) -> int:
+    """The sum of the 64-bit words of a buffer of whole cache lines, modulo 2^64."""
+
+def move_to_huge_pages(begin: int, bytes: int) -> bool:
+    """Moves memory onto huge pages without changing its address; False where the system would not."""
+
+def threads_of() -> str:
+    """
+    Whose threads do the work: openmp (those of torch) or threads (made for the call).
+    """

@@ -23,7 +23,7 @@ OPTIONAL = {
     "accelerate": ("models larger than memory", "accelerate"),
     "gguf": ("GGUF files", "gguf"),
     "lm-eval": ("benchmark tasks", "lm-eval"),
-    "cuda-core": ("compiling GPU kernels", "cuda-core cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime"),
+    "cuda-core": ("compiling GPU kernels", "cuda-core cuda-bindings nvidia-cuda-nvrtc"),
 }
 
 

@@ -35,6 +35,10 @@ DTYPES = frozenset(
 )
 
 
+FLOATS = {torch.float32: 0, torch.bfloat16: 1}  # what the products take, numbered as in native/linear.h
+MAX_TOKENS = 16
+
+
 def available() -> bool:
     """Was the compiled core built and can it be imported?"""
     return _built is not None
@@ -92,13 +96,9 @@ def unpack_bitmask(values: Tensor, mask: Tensor, shape: Sequence[int], dtype: to
     native = require()
     _check_dtype(values.dtype)
     rows, cols = shape
-    _check_mask(mask, rows, cols)
-    if values.dim() != 1 or values.device.type != "cpu":
-        raise ValueError(f"expected a CPU vector of values, got {values.dim()} dimensions on {values.device}")
+    _check_packed(values, mask, rows, cols)
     values, mask = values.detach().contiguous(), mask.contiguous()
-    offsets = _offsets(popcount_rows(mask))
-    if int(offsets[-1]) != values.numel():
-        raise ValueError(f"the mask has {int(offsets[-1])} bits set but there are {values.numel()} values: damaged")
+    offsets = _checked_offsets(values, mask)
     widen = values.dtype == torch.bfloat16 and dtype == torch.float32
     dense = torch.empty(rows, cols, dtype=torch.float32 if widen else values.dtype)
     packed = (mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), rows, cols)
@@ -108,6 +108,75 @@ def unpack_bitmask(values: Tensor, mask: Tensor, shape: Sequence[int], dtype: to
         return dense
     native.bitmask_unpack(*packed, values.itemsize, *target)
     return dense if dtype is None else dense.to(dtype)
+
+
+def row_offsets(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """Where each row's values start, and where the last ends: int64 [M + 1].
+
+    ValueError if values, mask and shape contradict each other: what passes is safe for `bitmask_linear`.
+    """
+    _check_packed(values, mask, *shape)
+    return _checked_offsets(values, mask)
+
+
+def bitmask_linear(
+    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, cols: int, bias: Tensor | None = None
+) -> Tensor:
+    """y [.., M] = x [.., K] A^T + bias in the dtype of x, at most 16 tokens; `offsets` from `row_offsets`.
+
+    values, mask and offsets are contiguous; x, values and bias are float32 or bfloat16, each for itself; sums are
+    float32. Bits do not depend on the number of threads. ValueError where K or the number of tokens does not fit.
+    """
+    rows = mask.shape[0]
+    x, y, tokens, stride = _in_and_out(x, rows, cols)
+    if tokens:
+        require().bitmask_linear(
+            mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), FLOATS[values.dtype], rows, cols,
+            x.data_ptr(), FLOATS[x.dtype], stride, tokens, *_bias(bias), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`bitmask_linear` of a contiguous dense weight [M, K]."""
+    rows, cols = weight.shape
+    x, y, tokens, stride = _in_and_out(x, rows, cols)
+    if tokens:
+        require().dense_linear(
+            weight.data_ptr(), FLOATS[weight.dtype], rows, cols,
+            x.data_ptr(), FLOATS[x.dtype], stride, tokens, *_bias(bias), y.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return y
+
+
+def unpack_rows(values: Tensor, mask: Tensor, offsets: Tensor, begin: int, out: Tensor) -> None:
+    """Rows begin, begin + 1, .. of a bitmask matrix, dense, into all of `out` [rows, K], which is contiguous.
+
+    `out` has the dtype of values, or is float32 for values of bfloat16; the rest is as in `bitmask_linear`.
+    """
+    native, (rows, cols) = require(), out.shape
+    packed = (
+        mask.data_ptr() + begin * mask.shape[1], values.data_ptr(), offsets.data_ptr() + begin * 8, rows, cols,
+    )  # fmt: skip
+    target = (out.data_ptr(), cols * out.itemsize, torch.get_num_threads())
+    if out.dtype == values.dtype:
+        native.bitmask_unpack(*packed, values.itemsize, *target)
+    else:
+        native.bitmask_unpack_bf16_f32(*packed, *target)
+
+
+def move_to_huge_pages(tensor: Tensor) -> bool:
+    """Move a contiguous CPU tensor onto huge pages, in place; False where the system would not.
+
+    Worth up to twice the read bandwidth in a virtual machine, where a page walk is a walk of walks. Costs about as long
+    as copying it. Linux 6.1 or later and ordinary memory (a mapped file stays as it is).
+    """
+    return require().move_to_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def sum_words(buffer: Tensor) -> int:
+    """The sum of a contiguous CPU tensor's 64-bit words, modulo 2^64, whole cache lines only: reads at full speed."""
+    return require().sum_words(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
 
 
 def popcount_rows(mask: Tensor) -> Tensor:
@@ -132,6 +201,39 @@ def _row_major(dense: Tensor) -> Tensor:
 def _offsets(counts: Tensor) -> Tensor:
     """Where each row's values start, and where the last ends: int64 [M + 1]."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _in_and_out(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, int, int]:
+    """x as a matrix whose rows are whole, y, tokens, and the distance between rows of x in bytes."""
+    if x.shape[-1] != cols:
+        raise ValueError(f"x has {x.shape[-1]} features in its last dimension, the weight takes {cols}")
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    if x.dim() != 2:
+        x = x.reshape(-1, cols) if cols else x.new_empty(x.shape[:-1].numel(), 0)
+    tokens = x.shape[0]
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"x has {tokens} tokens, the kernel takes {MAX_TOKENS} at a time; split x")
+    if x.stride(1) != 1 and cols > 1:
+        x = x.contiguous()
+    return x, y, tokens, x.stride(0) * x.itemsize
+
+
+def _bias(bias: Tensor | None) -> tuple[int, int]:
+    """Its address and type, or the null pointer."""
+    return (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+
+
+def _checked_offsets(values: Tensor, mask: Tensor) -> Tensor:
+    offsets = _offsets(popcount_rows(mask))
+    if int(offsets[-1]) != values.numel():
+        raise ValueError(f"the mask has {int(offsets[-1])} bits set but there are {values.numel()} values: damaged")
+    return offsets
+
+
+def _check_packed(values: Tensor, mask: Tensor, rows: int, cols: int) -> None:
+    _check_mask(mask, rows, cols)
+    if values.dim() != 1 or values.device.type != "cpu":
+        raise ValueError(f"expected a CPU vector of values, got {values.dim()} dimensions on {values.device}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

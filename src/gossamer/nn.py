@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from . import formats, ops
+from . import dispatch, formats, ops
 from .formats import Format, Spec
+
+log = logging.getLogger("gossamer")
 
 
 class SparseLinear(nn.Module):
@@ -18,6 +21,7 @@ class SparseLinear(nn.Module):
     The stored tensors are parameters without gradient, named as `Format.tensors()` names them, and keep the dtype they
     are stored in: `.to(dtype)`, `.half()` and `.float()` move the bias only, the arithmetic follows x.
     A product may borrow its right factor from another SparseLinear (`lender`): one shared dictionary, stored once.
+    `gossamer.prepare` puts the choices of kernels, and what they packed, beside the stored tensors; neither is saved.
     """
 
     def __init__(
@@ -32,15 +36,16 @@ class SparseLinear(nn.Module):
         """An empty layer of this spec, to load tensors into; `dtype` is the bias's."""
         super().__init__()
         self.out_features, self.in_features = spec["shape"]
-        self.layout = ops.to_layout(spec)
+        self.layout = self.stored_layout = dispatch.to_layout(spec)
+        self._packed: tuple[Tensor, ...] = ()
         self._names = tuple(formats.layout(spec))
         # In a tuple, so that the lender is not registered as a child and its tensors are saved once.
         self._lender: tuple[SparseLinear, ...] = () if lender is None else (lender,)
         for name, (shape, kind) in formats.layout(spec).items():
             if not self._borrows(name):
                 self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
-        shape = (self.out_features,)
-        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False) if bias else None
+        held = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", held)
 
     @classmethod
     def from_format(cls, a: Format, bias: Tensor | None = None, lender: SparseLinear | None = None) -> Self:
@@ -59,23 +64,52 @@ class SparseLinear(nn.Module):
 
     @property
     def spec(self) -> Spec:
-        return ops.spec_of(self.layout)
+        return dispatch.route(self.stored_layout).spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors lie."""
+        return self.parts()[0].device
+
+    @property
+    def packed_bytes(self) -> int:
+        """What the prepared kernels keep beside the stored tensors: dense copies, layouts of their own."""
+        return sum(t.numel() * t.element_size() for t in self._packed)
+
+    @property
+    def prepared(self) -> bool:
+        """Does the layer carry choices of kernels, made by `gossamer.prepare`?"""
+        return self.layout != self.stored_layout
+
+    def use(self, dtype: torch.dtype, ways: dispatch.Ways, packed: Sequence[Tensor]) -> None:
+        """Take these choices for x of `dtype`; their steps count `packed` from the end of the stored tensors."""
+        self.layout = dispatch.to_layout(self.spec, dtype, ways)
+        self._packed = tuple(packed)
+
+    def unprepare(self) -> None:
+        """Forget the choices and free what was packed for them."""
+        self.layout, self._packed = self.stored_layout, ()
 
     @property
     def format(self) -> Format:
         """What the layer holds now, as a format (shares the layer's tensors)."""
-        return ops.assemble([p.detach() for p in self.parts()], self.layout)
+        return dispatch.route(self.stored_layout).assemble([p.detach() for p in self.parts()])
 
     def parts(self) -> list[Tensor]:
         """The stored tensors in the order of `Format.tensors()`, borrowed ones included."""
-        return [self._lender[0].get_parameter(n) if self._borrows(n) else self.get_parameter(n) for n in self._names]
+        # Not get_parameter, which splits dotted names: this runs on every call.
+        own: Mapping[str, Any] = self._parameters
+        if not self._lender:
+            return [own[n] for n in self._names]
+        lent = self._lender[0]._parameters
+        return [lent[n] if self._borrows(n) else own[n] for n in self._names]  # type: ignore[misc]
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """A, dense [out_features, in_features]."""
         return self.format.decode(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.gossamer.linear(x, self.parts(), self.layout, self.bias)
+        return ops.linear(x, [*self.parts(), *self._packed], self.layout, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         held = " x ".join(s["format"] for s in (self.spec.get("left"), self.spec.get("right")) if s)
@@ -88,6 +122,9 @@ class SparseLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, p in stored.items():
             self._parameters[name] = _moved(p, fn)
+        if self.prepared and any(p.device != self.get_parameter(n).device for n, p in stored.items()):
+            log.warning("a prepared layer moved to another device; fix: call gossamer.prepare(model) again")
+            self.unprepare()
         return self
 
 

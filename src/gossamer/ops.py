@@ -1,67 +1,74 @@
-"""The torch.library ops. The layout string carries the spec, so a new format or kernel adds no op.
+"""The torch.library ops. The layout string carries spec and choices, so a new format or kernel adds no op.
 
 `gossamer::linear(x, parts, layout, bias)` is y = x A^T + bias; `gossamer::decode(parts, layout, dtype)` is A, dense.
 Both have fakes, so torch.compile(fullgraph=True) keeps them whole; the gradient flows to x and to bias.
+`parts` are the stored tensors in the order of `Format.tensors()`, then what the layer's kernels packed.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from .formats import Format, Spec, from_spec
-from .formats import layout as tensors_of
-from .kernels import reference
+from .dispatch import route
 
 _library = torch.library.Library("gossamer", "DEF")
 _library.define("linear(Tensor x, Tensor[] parts, str layout, Tensor? bias) -> Tensor")
 _library.define("decode(Tensor[] parts, str layout, ScalarType dtype) -> Tensor")
 
 
-def to_layout(spec: Spec) -> str:
-    """The spec as the string that the ops take."""
-    return json.dumps(spec, separators=(",", ":"), sort_keys=True)
-
-
-@cache
-def spec_of(layout: str) -> Spec:
-    return json.loads(layout)
-
-
-def assemble(parts: Sequence[Tensor], layout: str) -> Format:
-    """The format that parts, in the order of `Format.tensors()`, and a layout string describe."""
-    spec = spec_of(layout)
-    return from_spec(spec, dict(zip(tensors_of(spec), parts, strict=True)))
-
-
 def _linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
-    k = spec_of(layout)["shape"][1]
-    if x.shape[-1] != k:
-        raise ValueError(f"gossamer::linear: x has {x.shape[-1]} features in its last dimension, the weight takes {k}")
-    return reference.linear(x, assemble(parts, layout), bias)
+    found = route(layout)
+    if x.shape[-1] != found.width:
+        raise ValueError(
+            f"gossamer::linear: x has {x.shape[-1]} features in its last dimension, the weight takes {found.width}"
+        )
+    return found.linear(x, parts, bias)
+
+
+def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None) -> Tensor:
+    """`torch.ops.gossamer.linear`, past the dispatcher where that has nothing to do.
+
+    A decode step of a small model makes hundreds of these calls, and the way through the dispatcher into Python takes
+    as long as a small product. Under compilation, with gradients, in any mode or transform the op itself is called.
+    """
+    if torch.is_grad_enabled() or _is_compiling() or type(x) is not Tensor or _any_mode():
+        return torch.ops.gossamer.linear(x, parts, layout, bias)
+    return _linear(x, parts, layout, bias)
+
+
+_is_compiling = torch.compiler.is_compiling
+
+
+def _any_mode() -> bool:
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def _decode(parts: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
     # An op may not return one of its inputs, which is what a dense format decodes to.
-    dense = assemble(parts, layout).decode(dtype)
+    dense = route(layout).assemble(parts).decode(dtype)
     return dense.clone() if any(dense.data_ptr() == p.data_ptr() for p in parts) else dense.contiguous()
 
 
 def _linear_fake(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], spec_of(layout)["shape"][0])
+    return x.new_empty(*x.shape[:-1], route(layout).spec["shape"][0])
 
 
 def _decode_fake(parts: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    return parts[0].new_empty(spec_of(layout)["shape"], dtype=dtype)
+    return parts[0].new_empty(route(layout).spec["shape"], dtype=dtype)
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, parts, ctx.layout, bias = inputs
-    ctx.save_for_backward(*parts)
+    ctx.stored = len(route(ctx.layout).names)
+    ctx.packed = len(parts) - ctx.stored
+    ctx.save_for_backward(*parts[: ctx.stored])
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -72,7 +79,7 @@ def _linear_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         grad_x = grad @ torch.ops.gossamer.decode(parts, ctx.layout, grad.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-    return grad_x, [None] * len(parts), None, grad_bias
+    return grad_x, [None] * (ctx.stored + ctx.packed), None, grad_bias
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")

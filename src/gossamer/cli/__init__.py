@@ -38,7 +38,7 @@ class _Group(TyperGroup):
 
 def _is_expected(error: Exception) -> bool:
     # These are RuntimeErrors by name, so that an error costs no import of torch.
-    ours = {"WorkError", "FitError", "OutOfMemoryError"}
+    ours = {"WorkError", "FitError", "KernelError", "OutOfMemoryError"}
     return isinstance(error, ValueError | KeyError | OSError) or any(c.__name__ in ours for c in type(error).__mro__)
 
 
@@ -65,4 +65,4 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
     pass
 
 
-from . import inspect, shrink, use  # noqa: E402, F401  (each adds its commands to `app`)
+from . import inspect, shrink, speed, use  # noqa: E402, F401  (each adds its commands to `app`)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import cuda_bitmask, native
 from . import Format, FormatError, Layout, Spec, _coo, dtype_name, dtype_of
 
 
@@ -34,12 +34,16 @@ class Bitmask(Format):
         shape = (found.shape[0], found.shape[1])
         if _compiled(found):
             return cls(shape, *native.pack_bitmask(found))
+        if cuda_bitmask.runs_on(found):
+            return cls(shape, *cuda_bitmask.pack_bitmask(found))
         return cls(shape, found[found != 0], pack_bits(found != 0))
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.weight.dtype
         if _compiled(self.weight):
             return native.unpack_bitmask(self.weight, self.mask, self.shape, dtype)
+        if cuda_bitmask.runs_on(self.weight):
+            return cuda_bitmask.unpack_bitmask(self.weight, self.mask, self.shape, dtype)
         dense = self.weight.new_zeros(self.shape)
         dense[unpack_bits(self.mask, self.shape[1])] = self.weight
         return dense.to(dtype)

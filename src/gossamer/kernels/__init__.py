@@ -49,8 +49,9 @@ class Kernel(ABC):
     """One way to run a format on one kind of device; all class methods, there is nothing to instantiate."""
 
     name: ClassVar[str]
-    device: ClassVar[str]  # torch's device type
-    formats: ClassVar[tuple[str, ...]]
+    device: ClassVar[str]  # torch's device type, or "any"
+    formats: ClassVar[tuple[str, ...]]  # what `pack` takes as it is stored; a kernel of "dense" takes a dense copy, too
+    immediate: ClassVar[bool] = False  # `pack` costs so little that layers which were never prepared pack on every call
 
     @classmethod
     @abstractmethod

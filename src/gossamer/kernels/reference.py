@@ -5,16 +5,41 @@ Accumulates in float32 or better: on the CPU, where a bf16 product may round bet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
-from ..formats import Format
+from ..formats import Format, from_spec, layout
 from ..formats.product import Product
+from . import Case, Kernel, Packed
+
+
+class Reference(Kernel):
+    """Everything; the dense matrix exists for the time of the call."""
+
+    name: ClassVar[str] = "reference"
+    device: ClassVar[str] = "any"
+    formats: ClassVar[tuple[str, ...]] = ()
+    immediate: ClassVar[bool] = True
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        return None
+
+    @classmethod
+    def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
+        return Packed(tuple(a.tensors().values()), a.spec())
+
+    @classmethod
+    def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        return linear(x, from_spec(meta, dict(zip(layout(meta), packed, strict=True))), bias)
 
 
 def linear(x: Tensor, a: Format, bias: Tensor | None = None) -> Tensor:
     """y [..., M] = x [..., K] A^T + bias, in the dtype of x."""
-    y = _matmul(x.to(_wide(x)), a)
+    y = _matmul(x.to(wide(x)), a)
     return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
@@ -24,5 +49,6 @@ def _matmul(x: Tensor, a: Format) -> Tensor:
     return x @ a.decode(x.dtype).mT
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """What x is computed in."""
     return x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32

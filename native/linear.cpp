@@ -1,0 +1,152 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace gossamer {
+namespace {
+
+const LinearRows& kernels() {
+  switch (isa::active()) {
+#ifdef GOSSAMER_X86
+    case isa::Isa::avx512: return linear_avx512;
+    case isa::Isa::avx2: return linear_avx2;
+#endif
+    default: return linear_scalar;
+  }
+}
+
+struct X {
+  uintptr_t data;
+  Float type;
+  int64_t row_stride_bytes, tokens, cols;
+};
+
+int64_t bytes_of(Float type) { return type == Float::f32 ? 4 : 2; }
+
+// One buffer for each calling thread: a decode step makes hundreds of calls of the same few sizes.
+float* scratch(size_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> buffer;
+  thread_local size_t held = 0;
+  if (floats <= held) return buffer.get();
+  const size_t bytes = (floats * sizeof(float) + 4095) / 4096 * 4096;
+  held = 0;
+  buffer.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!buffer) throw std::bad_alloc();
+  held = bytes / sizeof(float);
+  return buffer.get();
+}
+
+const float* prepared(const X& x, LinearRows::Prepare prepare) {
+  float* out = scratch(static_cast<size_t>((x.cols + step_cols - 1) / step_cols * step_cols * x.tokens));
+  for (int64_t t = 0; t < x.tokens; ++t)
+    prepare(reinterpret_cast<const void*>(x.data + t * x.row_stride_bytes), x.type, x.cols, t, x.tokens, out);
+  return out;
+}
+
+void check_tokens(int64_t tokens) {
+  if (tokens < 1 || tokens > max_tokens) throw std::invalid_argument("tokens must be 1 to 16");
+}
+
+// A block of rows stays in the second-level cache from one group of tokens to the next.
+constexpr int64_t block_rows = 64;
+
+void run_rows(const LinearJob& job, const LinearRows::Rows* kernel, int64_t group, int64_t begin, int64_t end) {
+  const int64_t block = job.tokens > group ? block_rows : end - begin;
+  for (; begin < end; begin += block)
+    for (int64_t t = 0; t < job.tokens; t += group) {
+      LinearJob of_group = job;
+      of_group.x += t * step_cols;
+      of_group.y = static_cast<char*>(job.y) + t * job.rows * bytes_of(job.y_type);
+      kernel[std::min(group, job.tokens - t) - 1](of_group, begin, std::min(end, begin + block));
+    }
+}
+
+// The row where part i of `parts` starts, when a row costs its values and `row_cost`.
+int64_t first_row(const int64_t* offsets, int64_t rows, int64_t row_cost, int64_t value_cost, int64_t i,
+                  int64_t parts) {
+  if (i == parts) return rows;  // those without cost too
+  const auto cost = [=](int64_t row) { return offsets[row] * value_cost + row * row_cost; };
+  const double wanted = static_cast<double>(cost(rows)) * static_cast<double>(i) / static_cast<double>(parts);
+  int64_t low = 0, high = rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (static_cast<double>(cost(middle)) < wanted)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+}  // namespace
+
+void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols,
+                    uintptr_t x, int x_type, int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type,
+                    uintptr_t y, int threads) {
+  check_tokens(tokens);
+  const LinearRows& isa = kernels();
+  const X input{x, static_cast<Float>(x_type), x_row_stride_bytes, tokens, cols};
+  const LinearJob job{reinterpret_cast<const uint8_t*>(mask),
+                      reinterpret_cast<const void*>(values),
+                      reinterpret_cast<const int64_t*>(offsets),
+                      rows,
+                      cols,
+                      prepared(input, isa.prepare[type]),
+                      tokens,
+                      reinterpret_cast<const void*>(bias),
+                      static_cast<Float>(bias_type),
+                      reinterpret_cast<void*>(y),
+                      input.type};
+  const int64_t value_cost = bytes_of(static_cast<Float>(type));
+  // A row also costs its mask and the arithmetic on its zeros, which grows with the tokens.
+  const int64_t row_cost = (cols + 7) / 8 * (2 + tokens);
+  const int64_t parts = parts_for(job.offsets[rows] * value_cost + rows * row_cost, threads);
+  parallel_parts(parts, [&](int64_t i) {
+    run_rows(job, isa.bitmask[type], isa.group, first_row(job.offsets, rows, row_cost, value_cost, i, parts),
+             first_row(job.offsets, rows, row_cost, value_cost, i + 1, parts));
+  });
+}
+
+void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintptr_t x, int x_type,
+                  int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type, uintptr_t y,
+                  int threads) {
+  check_tokens(tokens);
+  const LinearRows& isa = kernels();
+  const X input{x, static_cast<Float>(x_type), x_row_stride_bytes, tokens, cols};
+  const LinearJob job{nullptr,
+                      reinterpret_cast<const void*>(weight),
+                      nullptr,
+                      rows,
+                      cols,
+                      prepared(input, isa.prepare[type]),
+                      tokens,
+                      reinterpret_cast<const void*>(bias),
+                      static_cast<Float>(bias_type),
+                      reinterpret_cast<void*>(y),
+                      input.type};
+  parallel_rows(rows, rows * cols * bytes_of(static_cast<Float>(type)), threads,
+                [&](int64_t begin, int64_t end) { run_rows(job, isa.dense[type], isa.group, begin, end); });
+}
+
+uint64_t sum_words(uintptr_t buffer, int64_t bytes, int threads) {
+  const auto sum = kernels().sum;
+  const int64_t lines = bytes / 64;
+  std::atomic<uint64_t> total{0};
+  parallel_rows(lines, bytes, threads, [&](int64_t begin, int64_t end) {
+    total += sum(reinterpret_cast<const char*>(buffer) + begin * 64, (end - begin) * 64);
+  });
+  return total;
+}
+
+}  // namespace gossamer

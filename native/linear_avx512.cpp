@@ -1,0 +1,56 @@
+// AVX-512 with VBMI2: a step of 64 columns is four registers of float32.
+// bfloat16 is widened by a shift (even columns) and a mask (odd ones), so x comes with even and odd columns apart.
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace gossamer {
+namespace {
+
+using Vec = __m512;
+constexpr int lanes = 16, group = 8;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+
+inline uint32_t first(int64_t n) { return n <= 0 ? 0 : ~uint32_t{0} >> (n >= 32 ? 0 : 32 - n); }
+
+template <class T>
+struct Block;
+
+template <>
+struct Block<uint32_t> {
+  using Raw = __m512i;
+  static constexpr int cols = 16, vecs = 1;
+  static Raw read(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static Raw read(const uint32_t* p, int64_t n) { return _mm512_maskz_loadu_epi32(first(n), p); }
+  static Raw expand(Raw x, uint64_t bits) { return _mm512_maskz_expand_epi32(bits, x); }
+  static void widen(Raw x, Vec* w) { w[0] = _mm512_castsi512_ps(x); }
+  static constexpr int column(int i) { return i; }
+};
+
+template <>
+struct Block<uint16_t> {
+  using Raw = __m512i;
+  static constexpr int cols = 32, vecs = 2;
+  static Raw read(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static Raw read(const uint16_t* p, int64_t n) { return _mm512_maskz_loadu_epi16(first(n), p); }
+  static Raw expand(Raw x, uint64_t bits) { return _mm512_maskz_expand_epi16(bits, x); }
+
+  static void widen(Raw x, Vec* w) {
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  static constexpr int column(int i) { return i % 16 * 2 + i / 16; }
+};
+
+}  // namespace
+}  // namespace gossamer
+
+#include "linear_rows.h"
+
+const gossamer::LinearRows gossamer::linear_avx512 = gossamer::linear_rows;

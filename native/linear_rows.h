@@ -1,0 +1,308 @@
+// The loops of linear.h that every ISA shares. A translation unit first defines, in the anonymous namespace,
+//   Vec                                          // a register of float32
+//   constexpr int lanes, group;                  // float32 in a Vec; tokens a pass
+//   Vec zero(); Vec load(const float*); Vec fma(Vec a, Vec b, Vec c); float sum(Vec);
+//   template <class T> struct Block {            // T = uint32_t (float32), uint16_t (bfloat16)
+//     using Raw;                                 // weights as they are stored
+//     static constexpr int cols, vecs;           // columns a Raw holds, and the Vecs they widen to
+//     static Raw read(const T*);
+//     static Raw read(const T*, int64_t n);      // touches n weights only; n may be any number
+//     static Raw expand(Raw, uint64_t bits);     // the next weight for each bit that is set, else zero
+//     static void widen(Raw, Vec* w);
+//     static constexpr int column(int i);        // which column of the block lane i of the widened block holds
+//   };
+// Everything here is anonymous too: were it shared, the linker could keep the AVX-512 copy for every CPU.
+// No #pragma once for the same reason.
+#include <cstdint>
+#include <cstring>
+
+#include "linear.h"
+
+namespace gossamer {
+namespace {
+
+// GCC gives up on both by itself here, and then keeps the sums in memory: three times slower.
+#define GOSSAMER_INLINE [[gnu::always_inline]] inline
+#ifndef GOSSAMER_UNROLL
+#define GOSSAMER_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// How far ahead of their use weights are fetched, first towards the second-level cache, then into the first: DRAM
+// latency times the bandwidth of one core, and some. The hardware's own prefetcher stops at every 4 KiB.
+constexpr int far_bytes = 4096, near_bytes = 1024, mask_bytes = 512;
+constexpr int line_bytes = 64;
+
+template <int lines, class T>
+GOSSAMER_INLINE void prefetch(const T* from) {
+  const char* at = reinterpret_cast<const char*>(from);
+  GOSSAMER_UNROLL
+  for (int i = 0; i < lines; ++i) {
+    __builtin_prefetch(at + far_bytes + i * line_bytes, 0, 2);
+    __builtin_prefetch(at + near_bytes + i * line_bytes, 0, 3);
+  }
+}
+
+// x is worked off in chunks of columns that leave room in a first-level cache; where there are several, a tile of rows
+// shares each.
+constexpr int64_t x_bytes_at_once = 16384;
+constexpr int tile_rows = 16;
+
+constexpr int step_vecs = step_cols / lanes;
+template <class T>
+constexpr int step_blocks = step_cols / Block<T>::cols;
+
+inline uint64_t bits_of_step(const uint8_t* mask) {
+  uint64_t bits;
+  std::memcpy(&bits, mask, 8);
+  return bits;
+}
+
+// Padding bits are dropped, not trusted. 0 < cols < step_cols.
+inline uint64_t bits_of_tail(const uint8_t* mask, int64_t cols) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, mask, static_cast<size_t>((cols + 7) / 8));
+  return bits & ((uint64_t{1} << cols) - 1);
+}
+
+// One row of a bitmask matrix. Unless `careful`, a whole block may be read from wherever the row's values end.
+template <class T, bool careful>
+struct BitmaskSource {
+  const uint8_t* mask;
+  const T* values;
+  const T* end;
+
+  BitmaskSource() = default;
+  BitmaskSource(const LinearJob& job, int64_t row)
+      : mask(job.mask + row * ((job.cols + 7) / 8)),
+        values(static_cast<const T*>(job.values) + job.offsets[row]),
+        end(static_cast<const T*>(job.values) + job.offsets[row + 1]) {}
+
+  GOSSAMER_INLINE void expand(uint64_t bits, Vec* w) {
+    using B = Block<T>;
+    prefetch<1>(values);
+    __builtin_prefetch(mask + mask_bytes);
+    GOSSAMER_UNROLL
+    for (int i = 0; i < step_blocks<T>; ++i) {
+      // From the start of the step, not from the last block: the additions then form no chain.
+      const T* at = values + __builtin_popcountll(bits & ((uint64_t{1} << (i * B::cols)) - 1));
+      const uint64_t here = B::cols == 64 ? bits : bits >> (i * B::cols) & ((uint64_t{1} << B::cols) - 1);
+      B::widen(B::expand(careful ? B::read(at, end - at) : B::read(at), here), w + i * B::vecs);
+    }
+    values += __builtin_popcountll(bits);
+  }
+
+  GOSSAMER_INLINE void next(Vec* w) {
+    expand(bits_of_step(mask), w);
+    mask += step_cols / 8;
+  }
+
+  GOSSAMER_INLINE void tail(int64_t cols, Vec* w) { expand(bits_of_tail(mask, cols), w); }
+};
+
+template <class T>
+struct DenseSource {
+  const T* weights;
+
+  DenseSource() = default;
+  DenseSource(const LinearJob& job, int64_t row) : weights(static_cast<const T*>(job.values) + row * job.cols) {}
+
+  GOSSAMER_INLINE void next(Vec* w) {
+    prefetch<step_cols * sizeof(T) / line_bytes>(weights);
+    GOSSAMER_UNROLL
+    for (int i = 0; i < step_blocks<T>; ++i)
+      Block<T>::widen(Block<T>::read(weights + i * Block<T>::cols), w + i * Block<T>::vecs);
+    weights += step_cols;
+  }
+
+  GOSSAMER_INLINE void tail(int64_t cols, Vec* w) {
+    GOSSAMER_UNROLL
+    for (int i = 0; i < step_blocks<T>; ++i)
+      Block<T>::widen(Block<T>::read(weights + i * Block<T>::cols, cols - i * Block<T>::cols), w + i * Block<T>::vecs);
+  }
+};
+
+// Enough independent sums to hide the latency of an FMA, as few as the registers allow.
+template <int tokens>
+constexpr int sums = tokens < 4 ? 4 : tokens < 8 ? 2 : 1;
+
+template <int tokens>
+struct Sums {
+  Vec of[tokens][sums<tokens>];
+
+  GOSSAMER_INLINE void clear() {
+    GOSSAMER_UNROLL
+    for (int t = 0; t < tokens; ++t)
+      GOSSAMER_UNROLL
+      for (int i = 0; i < sums<tokens>; ++i) of[t][i] = zero();
+  }
+
+  GOSSAMER_INLINE void add_step(const Vec* w, const float* x) {
+    GOSSAMER_UNROLL
+    for (int i = 0; i < step_vecs; ++i)
+      GOSSAMER_UNROLL
+      for (int t = 0; t < tokens; ++t)
+        of[t][i % sums<tokens>] = fma(w[i], load(x + t * step_cols + i * lanes), of[t][i % sums<tokens>]);
+  }
+
+  // The next `cols` columns of a row; only its last ones may be no whole step.
+  template <class Source>
+  GOSSAMER_INLINE void add_cols(Source& source, const float* x, int64_t x_step, int64_t cols) {
+    Vec w[step_vecs];
+    for (; cols > 0; cols -= step_cols, x += x_step) {
+      if (cols >= step_cols)
+        source.next(w);
+      else
+        source.tail(cols, w);
+      add_step(w, x);
+    }
+  }
+
+  GOSSAMER_INLINE float of_token(int t) const {
+    Vec all = of[t][0];
+    GOSSAMER_UNROLL
+    for (int i = 1; i < sums<tokens>; ++i) all = add(all, of[t][i]);
+    return sum(all);
+  }
+};
+
+inline float to_float(const void* from, Float type, int64_t i) {
+  if (type == Float::f32) return static_cast<const float*>(from)[i];
+  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(from)[i]} << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void finish(const LinearJob& job, int64_t row, int token, float value) {
+  if (job.bias) value += to_float(job.bias, job.bias_type, row);
+  const int64_t at = token * job.rows + row;
+  if (job.y_type == Float::f32)
+    static_cast<float*>(job.y)[at] = value;
+  else
+    static_cast<uint16_t*>(job.y)[at] = to_bf16(value);
+}
+
+template <int tokens>
+GOSSAMER_INLINE void finish_row(const LinearJob& job, int64_t row, const Sums<tokens>& sums_of_row) {
+  GOSSAMER_UNROLL
+  for (int t = 0; t < tokens; ++t) finish(job, row, t, sums_of_row.of_token(t));
+}
+
+template <int tokens>
+constexpr int64_t chunk_cols = x_bytes_at_once / (tokens * int64_t{sizeof(float)}) / step_cols * step_cols;
+
+template <class Source, int tokens>
+void rows_at_once(const LinearJob& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    Source source(job, row);
+    Sums<tokens> all;
+    all.clear();
+    all.add_cols(source, job.x, job.tokens * step_cols, job.cols);
+    finish_row(job, row, all);
+  }
+}
+
+template <class Source, int tokens>
+void rows_in_chunks(const LinearJob& job, int64_t begin, int64_t end) {
+  constexpr int64_t chunk = chunk_cols<tokens>;
+  Source sources[tile_rows];
+  Sums<tokens> all[tile_rows];
+  for (; begin < end; begin += tile_rows) {
+    const int n = static_cast<int>(end - begin < tile_rows ? end - begin : tile_rows);
+    for (int r = 0; r < n; ++r) {
+      sources[r] = Source(job, begin + r);
+      all[r].clear();
+    }
+    for (int64_t k = 0; k < job.cols; k += chunk)
+      for (int r = 0; r < n; ++r) {
+        Sums<tokens> here = all[r];
+        here.add_cols(sources[r], job.x + k * job.tokens, job.tokens * step_cols,
+                      job.cols - k < chunk ? job.cols - k : chunk);
+        all[r] = here;
+      }
+    for (int r = 0; r < n; ++r) finish_row(job, begin + r, all[r]);
+  }
+}
+
+template <class Source, int tokens>
+void rows(const LinearJob& job, int64_t begin, int64_t end) {
+  if (job.cols <= 2 * chunk_cols<tokens>)
+    rows_at_once<Source, tokens>(job, begin, end);
+  else
+    rows_in_chunks<Source, tokens>(job, begin, end);
+}
+
+// The last rows, those less than a block away from the end of the values, are read with care.
+template <class T, int tokens>
+void bitmask_rows(const LinearJob& job, int64_t begin, int64_t end) {
+  const int64_t safe = job.offsets[job.rows] - Block<T>::cols;
+  int64_t middle = end;
+  while (middle > begin && job.offsets[middle] > safe) --middle;
+  rows<BitmaskSource<T, false>, tokens>(job, begin, middle);
+  rows_in_chunks<BitmaskSource<T, true>, tokens>(job, middle, end);
+}
+
+template <class T, int tokens>
+void dense_rows(const LinearJob& job, int64_t begin, int64_t end) {
+  rows<DenseSource<T>, tokens>(job, begin, end);
+}
+
+template <class T>
+void prepare(const void* x, Float type, int64_t cols, int64_t token, int64_t tokens, float* out) {
+  constexpr int wide = Block<T>::cols;
+  for (int64_t k = 0; k < cols; k += step_cols) {
+    float* step = out + k * tokens + token * step_cols;
+    for (int b = 0; b < step_cols; b += wide)
+      for (int i = 0; i < wide; ++i) {
+        const int64_t column = k + b + Block<T>::column(i);
+        step[b + i] = column < cols ? to_float(x, type, column) : 0.0f;
+      }
+  }
+}
+
+inline uint64_t sum_of_words(const void* words, int64_t bytes) {
+  constexpr int line = 8;
+  const uint64_t* word = static_cast<const uint64_t*>(words);
+  uint64_t totals[4][line] = {};
+  for (int64_t left = bytes / 256; left > 0; --left, word += 4 * line)
+    for (int j = 0; j < 4; ++j) {
+      __builtin_prefetch(reinterpret_cast<const char*>(word + j * line) + near_bytes);
+      for (int i = 0; i < line; ++i) totals[j][i] += word[j * line + i];
+    }
+  uint64_t total = 0;
+  for (int64_t i = 0; i < bytes % 256 / 8; ++i) total += word[i];
+  for (const auto& of_line : totals)
+    for (uint64_t one : of_line) total += one;
+  return total;
+}
+
+// The entries past the group of this ISA are never called.
+template <int tokens>
+constexpr int in_group = tokens < group ? tokens : group;
+
+#define GOSSAMER_TOKENS(F, T) \
+  {F<T, 1>, F<T, in_group<2>>, F<T, in_group<3>>, F<T, in_group<4>>, \
+   F<T, in_group<5>>, F<T, in_group<6>>, F<T, in_group<7>>, F<T, in_group<8>>}
+
+constexpr LinearRows linear_rows = {
+    {prepare<uint32_t>, prepare<uint16_t>},
+    group,
+    {GOSSAMER_TOKENS(bitmask_rows, uint32_t), GOSSAMER_TOKENS(bitmask_rows, uint16_t)},
+    {GOSSAMER_TOKENS(dense_rows, uint32_t), GOSSAMER_TOKENS(dense_rows, uint16_t)},
+    sum_of_words,
+};
+
+#undef GOSSAMER_TOKENS
+#undef GOSSAMER_UNROLL
+#undef GOSSAMER_INLINE
+
+}  // namespace
+}  // namespace gossamer

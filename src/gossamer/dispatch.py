@@ -1,0 +1,194 @@
+"""Which kernel runs a stored matrix for this many tokens: the one place that decides. Nothing is timed here.
+
+A layer that was prepared carries its choices in its layout string: per bucket of tokens a *way*, one step or (for a
+product) two, each a kernel, the tensors it packed and its constants. They are constants to torch.compile, too.
+A layer that was not prepared takes what the lock file of this machine says about its shape, else the prediction that a
+kernel made for its format is faster than decoding; only kernels whose `pack` is nearly free come into question.
+GOSSAMER_KERNEL names a kernel for all matrices of the formats it runs; it is read when a layer first runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formats, lock
+from .formats import Format, Spec, dtype_name, dtype_of
+from .formats.product import Product
+from .kernels import Case, Kernel, KernelError, reference, registry
+
+log = logging.getLogger("gossamer")
+
+# Kernels are timed for these numbers of tokens; one in between goes with the next, one beyond with the last.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+ORACLE = "reference"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel of a way: its name, the operands that are its tensors, its constants."""
+
+    kernel: str
+    at: tuple[int, ...]
+    meta: dict[str, Any]
+
+    @cached_property
+    def _run(self) -> Callable[..., Tensor]:
+        return registry[self.kernel].run
+
+    def run(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return self._run(x, [parts[i] for i in self.at], self.meta, bias)
+
+
+Way = tuple[Step, ...]
+Ways = Sequence[tuple[int, Way]]  # (up to so many tokens, the way), ascending
+
+
+def to_layout(spec: Spec, dtype: torch.dtype | None = None, ways: Ways = ()) -> str:
+    """What the ops need to know of a layer: its spec, and its choices if there are any."""
+    if dtype is None:
+        return json.dumps(spec, separators=(",", ":"), sort_keys=True)
+    steps = [[upto, [[s.kernel, s.at, s.meta] for s in way]] for upto, way in ways]
+    found = {"spec": spec, "dtype": dtype_name(dtype), "ways": steps}
+    return json.dumps(found, separators=(",", ":"), sort_keys=True)
+
+
+class Route:
+    """A layout string, read."""
+
+    def __init__(self, layout: str) -> None:
+        found = json.loads(layout)
+        self.spec: Spec = found.get("spec", found)
+        self.names = tuple(formats.layout(self.spec))
+        self.dtype = dtype_of(found["dtype"]) if "ways" in found else None
+        steps = [(upto, tuple(Step(n, tuple(at), meta) for n, at, meta in way)) for upto, way in found.get("ways", ())]
+        self.ways: Ways = steps
+        self.width: int = self.spec["shape"][1]
+        self._chosen: dict[tuple[str, torch.device, torch.dtype, int], type[Kernel]] = {}
+
+    def assemble(self, parts: Sequence[Tensor]) -> Format:
+        """The stored matrix; what was packed beside it is left out."""
+        return formats.from_spec(self.spec, dict(zip(self.names, parts, strict=False)))
+
+    def linear(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """x A^T + bias in the dtype of x."""
+        tokens = x.numel() // self.width if self.width else math.prod(x.shape[:-1])
+        if x.dtype == self.dtype:
+            return _follow(self.way(tokens), x, parts, bias)
+        a = self.assemble(parts)
+        # Where the oracle would not round between two factors, neither do we.
+        wide = x.to(reference.wide(x)) if isinstance(a, Product) or x.dtype == torch.float16 else x
+        for name, factor, last in _factors(a):
+            wide = self._run(name, wide, factor, tokens, bias if last else None)
+        return wide.to(x.dtype)
+
+    def way(self, tokens: int) -> Way:
+        for upto, way in self.ways:
+            if tokens <= upto:
+                return way
+        return self.ways[-1][1]
+
+    def _run(self, name: str, x: Tensor, a: Format, tokens: int, bias: Tensor | None) -> Tensor:
+        place = (name, x.device, x.dtype, bucket(tokens))
+        kernel = self._chosen.get(place) or self._chosen.setdefault(
+            place, choose(Case(a.spec(), x.device, x.dtype, tokens))
+        )
+        try:
+            packed = kernel.pack(a, x.dtype)
+            return kernel.run(x, packed.tensors, packed.meta, bias)
+        except KernelError as error:
+            if _forced(a.name):
+                raise
+            _say(f"{kernel.name} failed ({error}); {ORACLE} runs instead")
+            self._chosen[place] = registry[ORACLE]
+            return reference.linear(x, a, bias)
+
+
+@cache
+def route(layout: str) -> Route:
+    return Route(layout)
+
+
+def _follow(way: Way, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    if len(way) == 1:
+        return way[0].run(x, parts, bias)
+    right, left = way
+    wide = x.to(reference.wide(x))
+    return left.run(right.run(wide, parts, None), parts, bias).to(x.dtype)
+
+
+def _factors(a: Format) -> Iterator[tuple[str, Format, bool]]:
+    """(name, factor, is it the last) in the order in which x meets them."""
+    if isinstance(a, Product):
+        yield "right", a.right, False
+        yield "left", a.left, True
+    else:
+        yield "", a, True
+
+
+def bucket(tokens: int) -> int:
+    return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+def eligible(case: Case) -> list[type[Kernel]]:
+    """Every kernel that takes the format as it is stored and can run the case, the oracle last."""
+    found = [registry[name] for name in registry if name != ORACLE]
+    fit = [k for k in found if case.spec["format"] in k.formats and k.device in ("any", case.device.type)]
+    return [k for k in fit if k.refuses(case) is None] + [registry[ORACLE]]
+
+
+def choose(case: Case) -> type[Kernel]:
+    """The kernel of a layer that was not prepared."""
+    if name := _forced(case.spec["format"]):
+        return required(name, case)
+    known = {k.name: k for k in eligible(case) if k.immediate and not _copies(k, case)}
+    times = _lock(case.device).times.get(lock.key(case.spec, case.device, case.dtype), {})
+    measured = {n: t for n, t in times.get(bucket(case.tokens), {}).items() if n in known}
+    # Without a measurement the first in the list: a kernel made for the format, else the oracle.
+    return known[min(measured, key=measured.__getitem__) if measured else next(iter(known))]
+
+
+def required(name: str, case: Case) -> type[Kernel]:
+    """The kernel of this name; KernelError if it cannot run the case, KeyError if there is none."""
+    kernel = registry[name]
+    reason = f"x on {kernel.device}" if kernel.device not in ("any", case.device.type) else kernel.refuses(case)
+    if reason:
+        raise KernelError(f"kernel '{name}' was asked for by name but it needs {reason}")
+    return kernel
+
+
+def _forced(format_name: str) -> str | None:
+    """What GOSSAMER_KERNEL asks for, where that kernel runs this format; KeyError if it names nothing."""
+    name = os.environ.get("GOSSAMER_KERNEL")
+    return name if name and (name == ORACLE or format_name in registry[name].formats) else None
+
+
+def _copies(kernel: type[Kernel], case: Case) -> bool:
+    """A dense weight of another dtype than x's would be converted on every call."""
+    return kernel.name == "vendor" and case.spec.get("dtype") != dtype_name(case.dtype)
+
+
+@cache
+def _lock(device: torch.device) -> lock.Lock:
+    return lock.load(device, os.environ.get("GOSSAMER_LOCK"))
+
+
+def forget() -> None:
+    """Read the lock file and GOSSAMER_KERNEL again; prepared layers keep their choices."""
+    route.cache_clear()
+    _lock.cache_clear()
+
+
+@cache
+def _say(message: str) -> None:
+    """Once per message."""
+    log.warning(message)

@@ -1,0 +1,48 @@
+"""A dense weight on the CPU for up to 16 tokens: one read of the weight, float32 sums, no copy. The honest baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..formats import Format
+from . import Case, Kernel, Packed
+
+
+class CpuDense(Kernel):
+    """float32 and bfloat16 weights by float32 and bfloat16 x, any shape, at most 16 tokens."""
+
+    name: ClassVar[str] = "cpu_dense"
+    device: ClassVar[str] = "cpu"
+    formats: ClassVar[tuple[str, ...]] = ("dense",)
+    immediate: ClassVar[bool] = True
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        if not native.available():
+            return "the compiled core; fix: pip install . in the repository, with g++ >= 11"
+        if case.device.type != "cpu":
+            return "x on the CPU"
+        if case.dtype not in native.FLOATS:
+            return "x in float32 or bfloat16"
+        if case.tokens > native.MAX_TOKENS:
+            return f"at most {native.MAX_TOKENS} tokens"
+        return None
+
+    @classmethod
+    def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
+        """Any format, decoded. float32 and bfloat16 stay as they are stored, anything else becomes float32."""
+        dense = a.decode()
+        if dense.dtype not in native.FLOATS:
+            dense = a.decode(torch.float32)
+        weight = dense.detach().contiguous()
+        native.move_to_huge_pages(weight)
+        return Packed((weight,))
+
+    @classmethod
+    def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        return native.dense_linear(x, packed[0], bias)

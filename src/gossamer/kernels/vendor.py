@@ -1,0 +1,34 @@
+"""A dense copy of the weight and torch's own product: what every sparse kernel has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..formats import Format
+from . import Case, Kernel, Packed
+
+
+class Vendor(Kernel):
+    """Any device, any dtype, any number of tokens; the copy has the dtype of x."""
+
+    name: ClassVar[str] = "vendor"
+    device: ClassVar[str] = "any"
+    formats: ClassVar[tuple[str, ...]] = ("dense",)
+    immediate: ClassVar[bool] = True
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        return None
+
+    @classmethod
+    def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
+        return Packed((a.decode(dtype).detach().contiguous(),))
+
+    @classmethod
+    def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
