@@ -44,17 +44,18 @@ class Linears(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        blocks = model.model.layers
-        self.blocks = nn.ModuleList(
-            nn.ModuleList([*(getattr(b.self_attn, n) for n in NAMES[:4]), *(getattr(b.mlp, n) for n in NAMES[4:])])
-            for b in blocks
-        )
+        self.blocks = [
+            [*(getattr(b.self_attn, n) for n in NAMES[:4]), *(getattr(b.mlp, n) for n in NAMES[4:])]
+            for b in model.model.layers
+        ]
+        self.all = nn.ModuleList(m for block in self.blocks for m in block)
         self.head = model.lm_head
 
     def forward(self, x: Tensor) -> Tensor:
         for q, k, v, o, gate, up, down in self.blocks:
-            heads = q(x).unflatten(-1, (-1, k.out_features)) + (k(x) + v(x)).unsqueeze(-2)
-            h = torch.tanh(o(heads.flatten(-2)))  # keeps numbers in bounds, and costs less than a norm
+            heads = q(x)
+            heads[..., : k.out_features] += k(x) * v(x)
+            h = torch.tanh(o(heads))  # keeps numbers in bounds, and costs less than a norm
             x = torch.tanh(down(gate(h) * up(h)))
         return self.head(x)
 
@@ -189,7 +190,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.tokens = tuple(args.tokens)
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    with torch.no_grad():
+    with torch.inference_mode():
         for sparsity in args.sparsities:
             decode(args, dense, sparsity)
         if args.grid:

@@ -80,10 +80,20 @@ class Route:
         return formats.from_spec(self.spec, dict(zip(self.names, parts, strict=False)))
 
     def linear(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """x A^T + bias in the dtype of x."""
-        tokens = x.numel() // self.width if self.width else math.prod(x.shape[:-1])
+        """x A^T + bias in the dtype of x. ValueError if x has another number of features."""
+        shape = x.shape
+        if shape[-1] != self.width:
+            raise ValueError(
+                f"gossamer::linear: x has {shape[-1]} features in its last dimension, the weight takes {self.width}"
+            )
+        tokens = x.numel() // self.width if self.width else math.prod(shape[:-1])
         if x.dtype == self.dtype:
-            return _follow(self.way(tokens), x, parts, bias)
+            way = self.way(tokens)
+            if len(way) == 1:
+                return way[0].run(x, parts, bias)
+            right, left = way
+            wide = right.run(x.to(reference.wide(x)), parts, None)
+            return left.run(wide, parts, bias).to(x.dtype)
         a = self.assemble(parts)
         # Where the oracle would not round between two factors, neither do we.
         wide = x.to(reference.wide(x)) if isinstance(a, Product) or x.dtype == torch.float16 else x
@@ -116,14 +126,6 @@ class Route:
 @cache
 def route(layout: str) -> Route:
     return Route(layout)
-
-
-def _follow(way: Way, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    if len(way) == 1:
-        return way[0].run(x, parts, bias)
-    right, left = way
-    wide = x.to(reference.wide(x))
-    return left.run(right.run(wide, parts, None), parts, bias).to(x.dtype)
 
 
 def _factors(a: Format) -> Iterator[tuple[str, Format, bool]]:

@@ -39,6 +39,12 @@ FLOATS = {torch.float32: 0, torch.bfloat16: 1}  # what the products take, number
 MAX_TOKENS = 16
 
 
+# Looked up once, for the calls that a decode step makes by the hundred.
+_bitmask_linear = getattr(_built, "bitmask_linear", None) or (lambda *_: require())
+_dense_linear = getattr(_built, "dense_linear", None) or (lambda *_: require())
+_threads = torch.get_num_threads
+
+
 def available() -> bool:
     """Was the compiled core built and can it be imported?"""
     return _built is not None
@@ -130,9 +136,10 @@ def bitmask_linear(
     rows = mask.shape[0]
     x, y, tokens, stride = _in_and_out(x, rows, cols)
     if tokens:
-        require().bitmask_linear(
+        at, kind = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+        _bitmask_linear(
             mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), FLOATS[values.dtype], rows, cols,
-            x.data_ptr(), FLOATS[x.dtype], stride, tokens, *_bias(bias), y.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), FLOATS[x.dtype], stride, tokens, at, kind, y.data_ptr(), _threads(),
         )  # fmt: skip
     return y
 
@@ -142,9 +149,10 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows, cols = weight.shape
     x, y, tokens, stride = _in_and_out(x, rows, cols)
     if tokens:
-        require().dense_linear(
+        at, kind = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+        _dense_linear(
             weight.data_ptr(), FLOATS[weight.dtype], rows, cols,
-            x.data_ptr(), FLOATS[x.dtype], stride, tokens, *_bias(bias), y.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), FLOATS[x.dtype], stride, tokens, at, kind, y.data_ptr(), _threads(),
         )  # fmt: skip
     return y
 
@@ -204,23 +212,23 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def _in_and_out(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, int, int]:
-    """x as a matrix whose rows are whole, y, tokens, and the distance between rows of x in bytes."""
-    if x.shape[-1] != cols:
-        raise ValueError(f"x has {x.shape[-1]} features in its last dimension, the weight takes {cols}")
-    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
-    if x.dim() != 2:
-        x = x.reshape(-1, cols) if cols else x.new_empty(x.shape[:-1].numel(), 0)
-    tokens = x.shape[0]
+    """x as a matrix whose rows are whole, y, tokens, and the distance between rows of x in bytes.
+
+    Short ways first: a decode step makes hundreds of these calls, and a microsecond here is a tenth of one.
+    """
+    shape = x.shape
+    if shape[-1] != cols:
+        raise ValueError(f"x has {shape[-1]} features in its last dimension, the weight takes {cols}")
+    y = x.new_empty((*shape[:-1], rows))
+    if cols and x.is_contiguous():
+        tokens, stride = x.numel() // cols, cols
+    else:
+        x = x.reshape(-1, cols) if cols else x.new_empty(shape[:-1].numel(), 0)
+        x = x if x.stride(1) == 1 or cols <= 1 else x.contiguous()
+        tokens, stride = x.shape[0], x.stride(0)
     if tokens > MAX_TOKENS:
         raise ValueError(f"x has {tokens} tokens, the kernel takes {MAX_TOKENS} at a time; split x")
-    if x.stride(1) != 1 and cols > 1:
-        x = x.contiguous()
-    return x, y, tokens, x.stride(0) * x.itemsize
-
-
-def _bias(bias: Tensor | None) -> tuple[int, int]:
-    """Its address and type, or the null pointer."""
-    return (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+    return x, y, tokens, stride * x.itemsize
 
 
 def _checked_offsets(values: Tensor, mask: Tensor) -> Tensor:

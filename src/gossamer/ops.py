@@ -20,12 +20,7 @@ _library.define("decode(Tensor[] parts, str layout, ScalarType dtype) -> Tensor"
 
 
 def _linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
-    found = route(layout)
-    if x.shape[-1] != found.width:
-        raise ValueError(
-            f"gossamer::linear: x has {x.shape[-1]} features in its last dimension, the weight takes {found.width}"
-        )
-    return found.linear(x, parts, bias)
+    return route(layout).linear(x, parts, bias)
 
 
 def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None) -> Tensor:
@@ -36,7 +31,7 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     """
     if torch.is_grad_enabled() or _is_compiling() or type(x) is not Tensor or _any_mode():
         return torch.ops.gossamer.linear(x, parts, layout, bias)
-    return _linear(x, parts, layout, bias)
+    return route(layout).linear(x, parts, bias)
 
 
 _is_compiling = torch.compiler.is_compiling
