@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import dispatch, formats, ops
 from .formats import Format, Spec
+from .stack import Stack
 
 log = logging.getLogger("gossamer")
 
@@ -38,6 +39,8 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = spec["shape"]
         self.layout = self.stored_layout = dispatch.to_layout(spec)
         self._packed: tuple[Tensor, ...] = ()
+        self._stack: Stack | None = None
+        self._place = 0
         self._names = tuple(formats.layout(spec))
         # In a tuple, so that the lender is not registered as a child and its tensors are saved once.
         self._lender: tuple[SparseLinear, ...] = () if lender is None else (lender,)
@@ -86,9 +89,20 @@ class SparseLinear(nn.Module):
         self.layout = dispatch.to_layout(self.spec, dtype, ways)
         self._packed = tuple(packed)
 
+    def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor]) -> None:
+        """Run as part of a stack; `tensors` are the layer's own, where they lie in the stack's memory."""
+        self._stack, self._place = stack, place
+        for name, tensor in tensors.items():
+            self._parameters[name] = _frozen(tensor)
+
+    @property
+    def stack(self) -> Stack | None:
+        """The stack that the layer runs in at decode sizes, if any."""
+        return self._stack
+
     def unprepare(self) -> None:
         """Forget the choices and free what was packed for them."""
-        self.layout, self._packed = self.stored_layout, ()
+        self.layout, self._packed, self._stack = self.stored_layout, (), None
 
     @property
     def format(self) -> Format:
@@ -109,6 +123,8 @@ class SparseLinear(nn.Module):
         return self.format.decode(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._stack is not None and self._stack.takes(x):
+            return self._stack.part(self._place, x)
         return ops.linear(x, [*self.parts(), *self._packed], self.layout, self._parameters["bias"])
 
     def extra_repr(self) -> str:

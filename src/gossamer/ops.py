@@ -29,12 +29,12 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     A decode step of a small model makes hundreds of these calls, and the way through the dispatcher into Python takes
     as long as a small product. Under compilation, with gradients, in any mode or transform the op itself is called.
     """
-    if torch.is_grad_enabled() or _is_compiling() or type(x) is not Tensor or _any_mode():
+    if torch.is_grad_enabled() or is_compiling() or type(x) is not Tensor or _any_mode():
         return torch.ops.gossamer.linear(x, parts, layout, bias)
     return route(layout).linear(x, parts, bias)
 
 
-_is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_compiling
 
 
 def _any_mode() -> bool:

@@ -7,7 +7,7 @@ those that save the most time per byte come first, and without room the best spa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,20 @@ from . import lock as locks
 from .dispatch import Step, Way
 from .explain import Explanation, books, compute_dtype, dense_spec, describe, factor_specs, inner_dtype
 from .formats import Format, dtype_of
+from .formats.bitmask import Bitmask
 from .formats.dense import Dense
 from .formats.product import Product
 from .kernels import Case, Kernel, Packed, registry
 from .lock import Lock
 from .nn import SparseLinear, sparse_layers
+from .stack import MOST_TOKENS, Stack, stacked, views
 
 SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
 SWEEP_BYTES = 64 << 20  # more than a cache of one core or one GPU holds
 WORTH = 1.02  # a copy must gain this much somewhere
 SMALL = 16  # bytes a row of every factor: offsets and scales do not count as a copy
+
+KIN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 Progress = Callable[[int, int, str], None]  # done, total, what is being timed
 
@@ -98,9 +102,14 @@ def prepare(
         groups.append(race.group(members))
         race.book.save()
     _grant(groups, dense_memory)
+    chosen = {}
     for group in groups:
         for layer in group.layers:
             _install(layer, group, sizes, dtype)
+            chosen[layer] = group
+    for members in _siblings(layers):
+        race = _Race([n for n in sizes if n <= MOST_TOKENS], dtype, opened[members[0].device], kernel, again, footprint)
+        _stack(members, chosen, race)
     if progress:
         progress(len(shapes), len(shapes), "")
     dispatch.forget()
@@ -276,6 +285,45 @@ def _place(tensor: Tensor, operands: list[Tensor]) -> int:
             return i
     operands.append(tensor)
     return len(operands) - 1
+
+
+def _siblings(layers: Mapping[str, SparseLinear]) -> list[list[SparseLinear]]:
+    """Layers that by their names read one input, stored so that they can be one matrix."""
+    found: dict[tuple, list[SparseLinear]] = {}
+    for name, layer in layers.items():
+        parent, _, own = name.rpartition(".")
+        kin = next((names for names in KIN if own in names), None)
+        if kin and layer.spec["format"] == Bitmask.name:
+            alike = (layer.spec["dtype"], layer.in_features, layer.device, layer.bias is None)
+            found.setdefault((parent, kin, *alike), []).append(layer)
+    return [members for members in found.values() if len(members) > 1]
+
+
+def _stack(members: list[SparseLinear], chosen: Mapping[SparseLinear, Group], race: _Race) -> None:
+    """Stack the layers for the numbers of tokens up to which one call beats theirs, if it does for any."""
+    if not race.sizes:
+        return
+    parts = [layer.format for layer in members]
+    whole = stacked(parts)  # type: ignore[arg-type]
+    options = race.options(_cold([whole], race.footprint), race.dtype, {whole.weight.data_ptr(), whole.mask.data_ptr()})
+    room = SMALL * (whole.shape[0] + 1)
+    able = [o for o in options if o.nbytes <= room]
+    ways = []
+    for n in race.sizes:
+        best = min(able, key=lambda o: o.times.get(n, math.inf), default=None)
+        if best is None or best.times.get(n, math.inf) > sum(chosen[m].best(n).times[n] for m in members):
+            break
+        ways.append((n, best))
+    race.book.save()
+    if not ways:
+        return
+    operands = list(whole.tensors().values())
+    steps = {o.kernels: (_step(o.kernels[0], whole, operands, race.dtype),) for _, o in ways}
+    bias = None if members[0].bias is None else torch.cat([m.bias for m in members])
+    rows = [m.out_features for m in members]
+    made = Stack(rows, race.dtype, [(n, steps[o.kernels]) for n, o in ways], whole, operands, bias)
+    for place, (layer, tensors) in enumerate(zip(members, views(whole, parts), strict=True)):  # type: ignore[arg-type]
+        layer.join(made, place, tensors)
 
 
 def run_dense(model: nn.Module, kernel: str = "vendor", dtype: torch.dtype | None = None) -> None:

@@ -1,0 +1,69 @@
+"""Layers that read the same input, run by one call: q, k and v, or gate and up, at decode sizes.
+
+Small layers drown in the cost of a call. The matrices of a stack lie row after row in one stored matrix (the layers'
+own tensors become views of it, so nothing is stored twice). Whichever layer is called first computes for all, and the
+others take their rows if they are called with the very same tensor. What is not fetched is dropped at the next call.
+A tensor that was changed in place in between is noticed by its version, which tensors made in inference mode, and those
+inside a compiled graph, do not have: there a model must not change the input of q before it calls k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops
+from .formats.bitmask import Bitmask
+
+MOST_TOKENS = 16  # beyond, a call costs little beside its work
+
+
+class Stack:
+    """One matrix for several layers: `rows` of each, the layout and operands of the whole, for up to `limit` tokens."""
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        ways: dispatch.Ways,
+        a: Bitmask,
+        operands: Sequence[Tensor],
+        bias: Tensor | None,
+    ) -> None:
+        self.rows, self.bias = list(rows), bias
+        self.layout = dispatch.to_layout(a.spec(), dtype, ways)
+        self.operands = list(operands)
+        self.dtype, self.limit = dtype, ways[-1][0] * a.shape[1]  # in elements of x
+        self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
+
+    def takes(self, x: Tensor) -> bool:
+        """Is x of the dtype and size that the stack is for? Gradients go through the layers themselves."""
+        return x.numel() <= self.limit and x.dtype == self.dtype and not torch.is_grad_enabled()
+
+    def part(self, i: int, x: Tensor) -> Tensor:
+        """Layer i's rows of the product with x. A layer never gets the same answer twice, so none is out of date."""
+        held, version = self.held, 0 if ops.is_compiling() or x.is_inference() else x._version
+        if held is None or held[0] is not x or held[1] != version or i not in held[2]:
+            y = ops.linear(x, self.operands, self.layout, self.bias)
+            held = (x, version, dict(enumerate(y.split_with_sizes(self.rows, -1))))
+            self.held = held
+        left = held[2]
+        found = left.pop(i)
+        if not left:
+            self.held = None
+        return found.contiguous()
+
+
+def stacked(parts: Sequence[Bitmask]) -> Bitmask:
+    """The matrices on top of each other, in memory of their own."""
+    shape = (sum(p.shape[0] for p in parts), parts[0].shape[1])
+    return Bitmask(shape, torch.cat([p.weight for p in parts]), torch.cat([p.mask for p in parts]))
+
+
+def views(a: Bitmask, parts: Sequence[Bitmask]) -> list[dict[str, Tensor]]:
+    """Where the tensors of each part lie in the stacked matrix."""
+    values = a.weight.split([p.weight.numel() for p in parts])
+    masks = a.mask.split([p.shape[0] for p in parts])
+    return [{"weight": v, "mask": m} for v, m in zip(values, masks, strict=True)]
