@@ -145,7 +145,10 @@ def decode(args: argparse.Namespace, dense: nn.Module, sparsity: float) -> None:
             rounds = [race(runners, CPU, args.seconds) for _ in range(5)]
             value, spread, median = ratio(rounds)
             variant = prefix + ("compile" if compiled else "eager")
-            print(f"{variant} {sparsity}: {value:.3f}  " + "  ".join(f"{n} {t:.0f}" for n, t in median.items()), flush=True)
+            print(
+                f"{variant} {sparsity}: {value:.3f}  " + "  ".join(f"{n} {t:.0f}" for n, t in median.items()),
+                flush=True,
+            )
             must = None if prefix else BARS.get(sparsity)
             case = {"sparsity": sparsity, "variant": variant}
             record(args, "tokens_per_s_ratio", case, value, must, spread, microseconds=median)

@@ -66,7 +66,9 @@ class Group:
         return sum(math.log(r) for r in ratios if r > 1) if max(ratios) > WORTH else 0.0
 
 
-@torch.inference_mode()
+# Not in inference mode, whose tensors could never be changed in place or trained through again.
+@torch.inference_mode(False)
+@torch.no_grad()
 def prepare(
     model: nn.Module,
     *,

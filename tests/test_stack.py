@@ -1,0 +1,155 @@
+"""Stacks: q, k and v in one call, and never somebody else's answer."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import gossamer
+from gossamer import timing
+from gossamer.formats.bitmask import Bitmask
+from gossamer.nn import SparseLinear
+
+ROWS = {"q_proj": 24, "k_proj": 8, "v_proj": 8, "o_proj": 24}
+
+
+def sparse(m: int, k: int = 40) -> Bitmask:
+    mask = torch.randperm(m * k).view(m, k) < m * k // 2
+    return Bitmask.encode(((torch.rand(m, k) + 1) * mask).bfloat16())
+
+
+class Attention(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        for name, m in ROWS.items():
+            layer = SparseLinear.from_format(sparse(m), torch.randn(m) if bias else None)
+            self.register_module(name, layer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+@pytest.fixture(autouse=True)
+def _stacking_pays(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call takes 1, whatever its size: three in one are ahead, alone the sparse kernel is."""
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    known = {"cpu_bitmask": 1.0}
+    monkeypatch.setattr(timing, "race", lambda runners, *_: {n: known.get(n, 9.0) for n in runners})
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "bias"])
+def model(request: pytest.FixtureRequest) -> Attention:
+    model = Attention(request.param)
+    gossamer.prepare(model)
+    return model
+
+
+def apart(model: Attention) -> Attention:
+    """The same layers without their stack."""
+    alone = copy.deepcopy(model)
+    for layer in alone.children():
+        layer.unprepare()
+    return alone
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 16, 17, 40])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_together_as_apart(model: Attention, tokens: int, mode) -> None:
+    x = torch.randn(2, tokens // 2, 40) if tokens % 2 == 0 else torch.randn(1, tokens, 40)
+    with mode():
+        for _ in range(2):
+            for found, expected in zip(model(x), apart(model)(x), strict=True):
+                torch.testing.assert_close(found, expected)
+                assert found.is_contiguous()
+
+
+def test_one_call_for_three_and_o_by_itself(model: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = model.q_proj.stack
+    assert stack is not None and model.k_proj.stack is stack and model.v_proj.stack is stack
+    assert model.o_proj.stack is None
+    calls = []
+    whole = torch.ops.gossamer.linear
+    monkeypatch.setattr("gossamer.ops.linear", lambda x, *rest: calls.append(x) or whole(x, *rest))
+    with torch.no_grad():
+        model(torch.randn(1, 40))
+    assert len(calls) == 1
+    assert stack.held is None, "all were fetched, nothing is kept"
+
+
+def test_nobody_gets_an_old_answer(model: Attention) -> None:
+    alone, x = apart(model), torch.randn(1, 40)
+    with torch.no_grad():
+        model.q_proj(x)
+        x.mul_(3)  # the tensor is the same, its version is not
+        torch.testing.assert_close(model.k_proj(x), alone.k_proj(x))
+        other = torch.randn(1, 40)
+        torch.testing.assert_close(model.v_proj(other), alone.v_proj(other))
+        torch.testing.assert_close(model.q_proj(x), alone.q_proj(x))
+    with torch.inference_mode():
+        y = torch.randn(1, 40)
+        model.q_proj(y)
+        y.mul_(2)
+        torch.testing.assert_close(model.q_proj(y), alone.q_proj(y), msg="the same layer again computes again")
+
+
+def test_the_layers_keep_their_tensors_and_share_the_memory(model: Attention) -> None:
+    fresh = apart(model)
+    for name, m in ROWS.items():
+        layer = getattr(model, name)
+        assert torch.equal(layer.decode(), getattr(fresh, name).decode())
+        assert layer.out_features == m
+    stack, q = model.q_proj.stack, model.q_proj.weight
+    assert stack.operands[0].data_ptr() == q.data_ptr(), "a view, not a copy"
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        q.mul_(2)
+        x = torch.randn(1, 40)
+        torch.testing.assert_close(model.q_proj(x), apart(model).q_proj(x))
+    model.load_state_dict(state)
+
+
+def test_compiled_whole(model: Attention) -> None:
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        for _ in range(3):
+            x = torch.randn(1, 40)
+            for found, expected in zip(compiled(x), apart(model)(x), strict=True):
+                torch.testing.assert_close(found, expected)
+    assert model.q_proj.stack.held is None
+
+
+def test_saved_without_a_trace(model: Attention, tmp_path) -> None:
+    save_file(model.state_dict(), tmp_path / "prepared.safetensors")
+    save_file(apart(model).state_dict(), tmp_path / "plain.safetensors")
+    assert (tmp_path / "prepared.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+def test_no_stack_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(runners, *_):
+        rows = next(iter(runners.values()))[0]().shape[-1]
+        return {n: float(rows**2) if n == "cpu_bitmask" else 1e9 for n in runners}
+
+    monkeypatch.setattr(timing, "race", race)
+    model = Attention(False)
+    gossamer.prepare(model, again=True)
+    assert model.q_proj.stack is None
+
+
+def test_unprepare_leaves_the_stack() -> None:
+    model = Attention(False)
+    gossamer.prepare(model)
+    model.q_proj.unprepare()
+    x = torch.randn(1, 40)
+    with torch.no_grad():
+        for found, expected in zip(model(x), apart(model)(x), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_prepared_in_inference_mode_is_as_good() -> None:
+    model = Attention(False)
+    with torch.inference_mode():
+        gossamer.prepare(model)
+    assert not any(p.is_inference() for p in model.parameters())
+    assert not any(t.is_inference() for t in model.q_proj.stack.operands)
