@@ -21,6 +21,7 @@ import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ def worst(args: argparse.Namespace, dense: nn.Module) -> None:
             dtype = torch.float32 if kind == "fp32" else torch.bfloat16
             x = torch.randn(1, tokens, dense.config.hidden_size).to(dtype)
             mine = {n: m for n, m in models.items() if n.endswith(kind) and (tokens <= 16 or "own" not in n)}
-            runners = {n: [lambda run=Linears(m), x=x: run(x)] for n, m in mine.items()}
+            runners = {n: [partial(Linears(m), x)] for n, m in mine.items()}
             value, _, median = ratio([race(runners, CPU, args.seconds / 2) for _ in range(3)])
             found[sparsity, tokens, kind] = value
             print(f"{sparsity} {tokens} {kind}: {value:.3f} {median}", flush=True)
@@ -172,7 +173,15 @@ def worst(args: argparse.Namespace, dense: nn.Module) -> None:
     record(args, "worst_vs_dense", {}, value, 0.97, None, n=len(found), at=at, cells=cells)
 
 
-def record(args: argparse.Namespace, summary: str, case: dict, value: float, must: float | None, spread: float | None, **extra: object) -> None:  # fmt: skip
+def record(
+    args: argparse.Namespace,
+    summary: str,
+    case: dict,
+    value: float,
+    must: float | None,
+    spread: float | None,
+    **extra: object,
+) -> None:
     line = {"bench": "decode_cpu", "summary": summary, "case": case, "value": round(value, 4), "sense": ">="}
     line |= {"must": must, "unit": "x", "n": 1, "threads": torch.get_num_threads()}
     if spread is not None:

@@ -87,7 +87,8 @@ def speed() -> str:
         "|---|" + "---:|" * len(SPARSITIES),
     ]
     for variant, name in DECODE:
-        cells = (f"{latest('decode_cpu', 'tokens_per_s_ratio', variant=variant, sparsity=s):.2f}x" for s in SPARSITIES)
+        ratios = (latest("decode_cpu", "tokens_per_s_ratio", variant=variant, sparsity=s) for s in SPARSITIES)
+        cells = (f"{ratio:.2f}x" for ratio in ratios)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",

@@ -155,7 +155,7 @@ def _measure(
 
 
 def _speed(model: Any, ids: Tensor, scale: Scale) -> float:
-    """Decoded tokens per second: of a sparse model prepared, of a dense one the better of torch and our dense kernel."""
+    """Decoded tokens per second: of a sparse model prepared, of a dense one by torch or our dense kernel."""
 
     def rate() -> float:
         return tokens_per_second(model, ids[:16], max(scale.tokens // 4, 2), scale.repeats).tokens_per_second

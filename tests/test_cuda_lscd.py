@@ -1,0 +1,195 @@
+"""The LSCD layout packed and walked on the CPU, sources compiled for every arch, and products where there is a GPU."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer.formats.bitmask import Bitmask
+from gossamer.kernels import Case, KernelError, cuda_lscd
+from gossamer.kernels._lscd_pack import DEPTH, HEAD, LINE, pack_matrix, unpack_matrix
+from gossamer.kernels.cuda_lscd import CudaLscd, Cut, Gpu, Work
+
+H100 = Gpu(132, 232448, True)
+SMALL = Gpu(84, 101376, False)
+SHAPES = [(1, 1), (7, 24), (16, 256), (33, 257), (64, 1000), (100, 513)]
+DTYPES = cuda_lscd.DTYPES
+
+
+def sparse(m: int, k: int, density: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.randn(m, k) * (torch.rand(m, k) < density)).to(dtype)
+
+
+def row_skewed(m: int, k: int) -> Tensor:
+    return (torch.randn(m, k) * (torch.rand(m, k) < torch.linspace(0, 1, m).unsqueeze(1))).bfloat16()
+
+
+def round_trip(a: Tensor) -> Tensor:
+    stages, offsets, _ = pack_matrix(a)
+    return unpack_matrix(stages, offsets, (a.shape[0], a.shape[1]), a.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("density", [0, 0.05, 0.3, 0.5, 0.9, 1])
+def test_the_streams_of_every_lane_lead_to_the_values(shape: tuple[int, int], density: float, dtype) -> None:
+    a = sparse(*shape, density, dtype)
+    assert torch.equal(round_trip(a), a)
+
+
+def test_rows_of_unequal_density() -> None:
+    a = row_skewed(70, 700)
+    assert torch.equal(round_trip(a), a)
+
+
+def test_special_values() -> None:
+    a = sparse(20, 300, 0.5)
+    a[0, 0], a[17, 299], a[3, 40], a[4, 41] = math.nan, math.inf, -math.inf, -0.0
+    found = round_trip(a)
+    assert torch.equal(found.nan_to_num(7.0), a.nan_to_num(7.0))
+    assert found[0, 0].isnan() and not found[4, 41].signbit()
+
+
+def test_several_chunks_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = sparse(200, 600, 0.4)
+    whole = pack_matrix(a)
+    monkeypatch.setattr("gossamer.kernels._lscd_pack.CHUNK", 32 * DEPTH)
+    parts = pack_matrix(a)
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1]) and whole[2] == parts[2]
+
+
+def test_room_is_that_of_the_largest() -> None:
+    a = row_skewed(64, 512)
+    stages, offsets, (one, two) = pack_matrix(a)
+    sizes = offsets.diff() * LINE
+    assert one == int(sizes.max()) and two == int(sizes.view(-1, 2).sum(1).max())
+    assert stages.numel() == int(offsets[-1]) * LINE
+    assert int(sizes.min()) >= HEAD
+
+
+def test_little_is_padding() -> None:
+    for density, most in ((0.5, 1.11), (0.2, 1.25), (0.1, 1.40)):
+        a = sparse(512, 2048, density)
+        ideal = a.numel() / 8 + 2 * int(a.count_nonzero())
+        assert pack_matrix(a)[0].numel() < most * ideal
+
+
+@pytest.mark.parametrize("device", [H100, SMALL], ids=["H100", "small"])
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 8), (4096, 4096), (300, 70000), (128256, 4096)], ids=str)
+def test_every_cut_fits(shape: tuple[int, int], density: float, device: Gpu) -> None:
+    room = HEAD + int(64 * density) * LINE
+    for tiles in cuda_lscd.TILES:
+        work = Work(shape[0], -(-shape[1] // DEPTH), (room, 2 * room), room, tiles)
+        best = cuda_lscd.best_cut(work, device)
+        assert device.clusters or best.cluster == 1
+        assert work.shared(best) <= device.shared
+        assert 32 * (best.warps + 1) <= cuda_lscd.THREADS[best.pair][tiles]
+        assert best.x_ring >= best.split and best.warps * best.ring <= 192 and best.x_ring <= 32
+        assert work.panels(best) * best.pair * best.high * 16 >= shape[0]
+
+
+def test_the_variants_have_every_macro_and_both_dtypes_of_both_pairs() -> None:
+    found = [dict(f.macros) for f in cuda_lscd.VARIANTS]
+    assert {(m["TILES"], m["PAIR"]) for m in found} == {(str(t), p) for t in cuda_lscd.TILES for p in "12"}
+    assert {(m["BF16"], m["PAIR"]) for m in found} == {(b, p) for b in "01" for p in "12"}
+    assert {m["CLUSTER"] for m in found} == {"1", "2"}
+
+
+def test_refusals() -> None:
+    spec = Bitmask.encode(sparse(16, 32, 0.5)).spec()
+    assert "NVIDIA GPU" in (CudaLscd.refuses(Case(spec, torch.device("cpu"), torch.bfloat16, 1)) or "")
+    packed = CudaLscd.pack(Bitmask.encode(sparse(16, 32, 0.5)), torch.bfloat16)
+    with pytest.raises(KernelError, match="x has 31 features, the weight takes 32"):
+        CudaLscd.run(torch.zeros(2, 31, dtype=torch.bfloat16), packed.tensors, packed.meta, None)
+    with pytest.raises(KernelError, match="packed for another dtype"):
+        CudaLscd.run(torch.zeros(2, 32, dtype=torch.float16), packed.tensors, packed.meta, None)
+    with pytest.raises(KernelError, match="not torch.float32; fix"):
+        CudaLscd.pack(Bitmask.encode(sparse(16, 32, 0.5)), torch.float32)
+
+
+def check(a: Tensor, x: Tensor, bias: Tensor | None, cut: Cut | None = None) -> None:
+    a, x = a.cuda(), x.cuda()
+    bias = None if bias is None else bias.cuda()
+    packed = CudaLscd.pack(Bitmask.encode(a), x.dtype)
+    if cut is None:
+        y = CudaLscd.run(x, packed.tensors, packed.meta, bias)
+    else:
+        y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
+        cuda_lscd.launch(x, packed.tensors, packed.meta, bias, y, cut)
+    expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
+    error = float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
+    # A single result is rounded by up to 2^-8 (bfloat16) or 2^-11; many, by less than 2e-3 on average.
+    assert error < (4e-3 if x.dtype == torch.bfloat16 else 5e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 1001), (1024, 4096)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 13, 32, 64, 70])
+def test_products(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+    for density in (0, 0.1, 0.5, 1):
+        a, x = sparse(*shape, density, dtype), torch.randn(tokens, shape[1]).to(dtype)
+        check(a, x, torch.randn(shape[0]).to(dtype) if tokens % 2 else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 16, 32, 64])
+def test_every_kind_of_cut_computes_the_same(tokens: int) -> None:
+    a, x = row_skewed(500, 2312), torch.randn(tokens, 2312).bfloat16()
+    meta = CudaLscd.pack(Bitmask.encode(a.cuda()), x.dtype).meta
+    found = list(cuda_lscd.cuts(cuda_lscd.work_of(tokens, meta), cuda_lscd.gpu(0)))
+    for cut in found[:: max(1, len(found) // 30)]:
+        check(a, x, None, cut)
+
+
+@pytest.mark.gpu
+def test_strides_leading_dimensions_and_no_tokens() -> None:
+    a = sparse(48, 64, 0.5).cuda()
+    packed = CudaLscd.pack(Bitmask.encode(a), torch.bfloat16)
+    x = torch.randn(2, 3, 64, 2, device="cuda").bfloat16()[..., 0]
+    y = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    torch.testing.assert_close(y.double(), x.double() @ a.double().mT, rtol=1e-2, atol=5e-2)
+    odd = torch.randn(5 * 64 + 1, device="cuda").bfloat16()[1:].view(5, 64)  # no multiple of 16 bytes
+    torch.testing.assert_close(
+        CudaLscd.run(odd, packed.tensors, packed.meta, None).double(),
+        odd.double() @ a.double().mT,
+        rtol=1e-2,
+        atol=5e-2,
+    )
+    assert CudaLscd.run(x[:0], packed.tensors, packed.meta, None).shape == (0, 3, 48)
+
+
+@pytest.mark.gpu
+def test_same_bits_again_on_another_stream_and_in_a_graph() -> None:
+    a, x = sparse(1024, 4096, 0.5).cuda(), torch.randn(16, 4096, device="cuda").bfloat16()
+    packed = CudaLscd.pack(Bitmask.encode(a), torch.bfloat16)
+    first = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        third = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(first, second) and torch.equal(first, third)
+
+
+@pytest.mark.gpu
+def test_nan_in_x_comes_out() -> None:
+    a, x = sparse(48, 64, 0.5).cuda(), torch.randn(4, 64, device="cuda").bfloat16()
+    packed = CudaLscd.pack(Bitmask.encode(a), torch.bfloat16)
+    x[2, 5] = math.nan
+    y = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    assert y[2].isnan().all() and not y[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.gpu
+def test_packing_is_the_same_on_both_devices() -> None:
+    a = row_skewed(100, 1000)
+    for here, there in zip(pack_matrix(a)[:2], pack_matrix(a.cuda())[:2], strict=True):
+        assert torch.equal(here, there.cpu())
