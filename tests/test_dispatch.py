@@ -83,7 +83,9 @@ def test_a_kernel_chosen_automatically_falls_back_and_says_so_once(
     with caplog.at_level(logging.WARNING, "gossamer"):
         for _ in range(3):
             assert torch.equal(SparseLinear.from_format(a)(x), reference.linear(x, a))
-    assert [r.message for r in caplog.records].count("cpu_bitmask failed (broken on purpose); reference runs instead") == 1
+    assert [r.message for r in caplog.records].count(
+        "cpu_bitmask failed (broken on purpose); reference runs instead"
+    ) == 1
 
 
 def test_a_kernel_asked_for_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,54 @@
+"""Writes the tables of docs/kernels/lscd.md from benchmarks/results/lscd.jsonl: `python benchmarks/lscd_table.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+TOKENS = (1, 8, 16, 32, 64)
+HEAD = "| " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |"
+
+
+def tables() -> str:
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/lscd.jsonl").read_text().splitlines()]
+    means = {(x["case"]["sparsity"], x["case"]["tokens"]): x for x in lines if "summary" in x}
+    cells = {_key(x["case"]): x for x in lines if "summary" not in x}
+    out = ["| sparsity | " + " | ".join(map(str, TOKENS)) + " tokens |", "|---|" + "---|" * len(TOKENS)]
+    for s in SPARSITIES:
+        row = (means[s, n] for n in TOKENS)
+        out.append(f"| {s:.0%} | " + " | ".join(f"{x['value']:.2f}" + _must(x["must"]) for x in row) + " |")
+    out += ["", "16 tokens, microseconds:", "", f"| layer | dense us {HEAD}", "|---|---|" + "---|" * len(SPARSITIES)]
+    uniform = [k for k in cells if k[1:] == (0.5, 16, "")]
+    for shape, *_ in uniform:
+        row = [cells[shape, s, 16, ""] for s in SPARSITIES]
+        shown = (f"{x['ours']:.1f} ({x['ratio']:.2f}x, {x['gb_per_s']:.0f} GB/s)" for x in row)
+        name = f"{shape[0]} x {shape[1]}"
+        out.append(f"| {name} | {row[0]['baseline_value']:.1f} | " + " | ".join(shown) + " |")
+    out += [
+        "",
+        "Other masks, 8192 x 8192, 16 tokens, speed-up:",
+        "",
+        f"| mask {HEAD}",
+        "|---|" + "---|" * len(SPARSITIES),
+    ]
+    for mask in dict.fromkeys(k[3] for k in cells):
+        row = (cells[(8192, 8192), s, 16, mask]["ratio"] for s in SPARSITIES)
+        out.append(f"| {mask or 'uniform'} | " + " | ".join(f"{ratio:.2f}" for ratio in row) + " |")
+    return "\n".join([*out, ""])
+
+
+def _key(case: dict) -> tuple:
+    return (tuple(case["shape"]), case["sparsity"], case["tokens"], case.get("variant", ""))
+
+
+def _must(bar: float | None) -> str:
+    return "" if bar is None else f" ({bar:g})"
+
+
+if __name__ == "__main__":
+    path = ROOT / "docs/kernels/lscd.md"
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(before + BEGIN + tables() + END + rest.split(END)[1])
