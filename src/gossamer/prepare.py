@@ -31,6 +31,7 @@ from .stack import MOST_TOKENS, Stack, stacked, views
 SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
 SWEEP_BYTES = 64 << 20  # more than a cache of one core or one GPU holds
 WORTH = 1.02  # a copy must gain this much somewhere
+EDGE = 0.97  # timings are noisy: a sparse kernel must be this much ahead of a dense copy that is there
 SMALL = 16  # bytes a row of every factor: offsets and scales do not count as a copy
 
 KIN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
@@ -47,6 +48,10 @@ class Option:
     nbytes: int
     times: dict[int, float]  # tokens -> microseconds
 
+    def cost(self, tokens: int) -> float:
+        """What it is chosen by: its time, for a dense copy a little less, without a time infinite."""
+        return self.times.get(tokens, math.inf) * (EDGE if self.whole else 1.0)
+
 
 @dataclass
 class Group:
@@ -58,11 +63,11 @@ class Group:
     refused: list[Option] = field(default_factory=list)
 
     def best(self, tokens: int) -> Option:
-        return min(self.granted, key=lambda o: o.times.get(tokens, math.inf))
+        return min(self.granted, key=lambda o: o.cost(tokens))
 
     def gain(self, option: Option) -> float:
         """Nepers of time saved over all sizes by having the option, too; 0 if it is not worth having anywhere."""
-        ratios = [self.best(n).times[n] / t for n, t in option.times.items()]
+        ratios = [self.best(n).cost(n) / option.cost(n) for n in option.times]
         return sum(math.log(r) for r in ratios if r > 1) if max(ratios) > WORTH else 0.0
 
 

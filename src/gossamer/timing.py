@@ -11,16 +11,16 @@ import torch
 Call = Callable[[], object]
 
 
-def race(runners: Mapping[str, Sequence[Call]], device: torch.device, seconds: float = 0.03) -> dict[str, float]:
+def race(runners: Mapping[str, Sequence[Call]], device: torch.device, seconds: float = 0.06) -> dict[str, float]:
     """Median microseconds per call of every runner; each has one call per set of inputs, and a sweep makes them all.
 
-    At least 3 sweeps each, more (up to 50) until all together took `seconds` per runner.
+    At least 5 sweeps each, more (up to 50) until all together took `seconds` per runner.
     """
     for calls in runners.values():
         _sweep(calls, device)
     found: dict[str, list[float]] = {name: [] for name in runners}
     spent, sweeps = 0.0, 0
-    while sweeps < 3 or (spent < seconds * len(runners) and sweeps < 50):
+    while sweeps < 5 or (spent < seconds * len(runners) and sweeps < 50):
         for name, calls in runners.items():
             took = _sweep(calls, device)
             found[name].append(took / len(calls) * 1e6)
