@@ -52,5 +52,5 @@ $(VENV)/constraints.txt: constraints.txt | $(BIN)/pip
 	grep -v '^torch==' constraints.txt > $@
 
 $(READY): $(SOURCES) $(VENV)/constraints.txt
-	$(PIP) -c $(VENV)/constraints.txt '.[hf,gguf,cuda,test]'
+	$(PIP) -c $(VENV)/constraints.txt '.[hf,gguf,cuda,retrieval,test]'
 	touch $@

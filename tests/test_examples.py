@@ -44,6 +44,13 @@ def test_add_a_method_stores_what_it_promised():
     assert 0 < load("add_a_method")() < 0.2
 
 
+def test_sparse_digits_cost_what_was_asked_and_find_their_class():
+    pytest.importorskip("sklearn")
+    cost, found, pixels = load("sparse_digits")(target=1.0, steps=100)
+    assert 1 / 1.3 < cost < 1.3
+    assert found > pixels - 0.02
+
+
 def test_every_example_is_short_and_tested():
     here = Path(__file__).read_text()
     for file in EXAMPLES.glob("*.py"):
