@@ -31,7 +31,7 @@ from .stack import MOST_TOKENS, Stack, stacked, views
 SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
 SWEEP_BYTES = 64 << 20  # more than a cache of one core or one GPU holds
 WORTH = 1.02  # a copy must gain this much somewhere
-EDGE = 0.97  # timings are noisy: a sparse kernel must be this much ahead of a dense copy that is there
+EDGE = 0.95  # timings are noisy: a sparse kernel must be this much ahead of a dense copy that is there
 SMALL = 16  # bytes a row of every factor: offsets and scales do not count as a copy
 
 KIN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))

@@ -65,4 +65,6 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
     pass
 
 
-from . import inspect, shrink, speed, use  # noqa: E402, F401  (each adds its commands to `app`)
+from . import index, inspect, shrink, speed, use  # noqa: E402, F401  (each adds its commands to `app`)
+
+app.add_typer(index.app, name="index")

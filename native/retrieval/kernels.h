@@ -1,0 +1,33 @@
+// The inner loops of search, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace gossamer::retrieval {
+
+// Accumulators have 65,536 entries, so that any 16-bit place is one of them; only a range's are read back.
+constexpr int accumulators = 65536;
+constexpr int groups = 512;
+
+struct Kernels {
+  // acc[place] += round(impact * weight / 2^15) for each posting, until |impact| of a group of 16 starts below `least`.
+  // Meanwhile `next`, up to next_end, is fetched: a line a group, as many at once would stall the loads.
+  void (*scatter)(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                  const uint32_t* next, const uint32_t* next_end);
+  // The same of a row of impacts; docs is a multiple of 32.
+  void (*dense)(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight);
+  // Places with acc >= least, in ascending order; docs is a multiple of 32 (padding holds -32768).
+  uint32_t (*collect)(const int16_t* acc, uint32_t docs, int16_t least, uint16_t* places);
+  // Maxima of `groups` disjoint sets of places.
+  void (*maxima)(const int16_t* acc, uint32_t docs, int16_t* out);
+  // -32768 where the bit of a place is 0; docs is a multiple of 32.
+  void (*mask)(int16_t* acc, uint32_t docs, const uint32_t* bits);
+};
+
+extern const Kernels kernels_scalar;
+#ifdef GOSSAMER_X86
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+}  // namespace gossamer::retrieval

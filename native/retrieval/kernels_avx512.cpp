@@ -1,0 +1,104 @@
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "kernels.h"
+
+namespace gossamer::retrieval {
+namespace {
+
+__m512i load(const void* p) { return _mm512_loadu_si512(p); }
+
+// Impacts are the odd 16-bit lanes: the even ones are multiplied by zero. Places are unique within a list, but the adds
+// stay scalar: two loads, an add and a store a posting beat gather and scatter instructions. The shares go through
+// memory because GCC would take them out of the register one by one, on the one port that can.
+struct Tile {
+  alignas(64) int16_t shares[32];
+  void put(__m512i x) {
+    _mm512_store_si512(shares, x);
+    asm volatile("" : "+m"(shares));
+  }
+};
+
+void add(int16_t* acc, const uint32_t* postings, int i, const Tile& tile) {
+  const uint16_t place = static_cast<uint16_t>(postings[i]);
+  acc[place] = static_cast<int16_t>(acc[place] + tile.shares[2 * i + 1]);
+}
+
+int magnitude(uint32_t posting) { return std::abs(static_cast<int16_t>(posting >> 16)); }
+
+template <bool cut>
+void scatter_until(int16_t* acc, const uint32_t* postings, uint32_t count, __m512i w, int least, const uint32_t*& next,
+                   const uint32_t* next_end) {
+  Tile tile;
+  uint32_t i = 0;
+  for (; i + 16 <= count; i += 16, postings += 16) {
+    if (cut && magnitude(*postings) < least) return;
+    if (next < next_end) __builtin_prefetch(next);
+    next += 16;
+    tile.put(_mm512_mulhrs_epi16(load(postings), w));
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) add(acc, postings, j, tile);
+  }
+  const int left = static_cast<int>(count - i);
+  if (left == 0 || (cut && magnitude(*postings) < least)) return;
+  tile.put(_mm512_mulhrs_epi16(_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << left) - 1), postings), w));
+  for (int j = 0; j < left; ++j) add(acc, postings, j, tile);
+}
+
+void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least, const uint32_t* next,
+             const uint32_t* next_end) {
+  const __m512i w = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(static_cast<uint16_t>(weight)) << 16));
+  if (least > 0)
+    scatter_until<true>(acc, postings, count, w, least, next, next_end);
+  else
+    scatter_until<false>(acc, postings, count, w, 0, next, next_end);
+  for (; next < next_end; next += 16) __builtin_prefetch(next);
+}
+
+void dense(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight) {
+  const __m512i w = _mm512_set1_epi16(weight);
+  for (uint32_t i = 0; i < docs; i += 32)
+    _mm512_storeu_si512(acc + i, _mm512_add_epi16(load(acc + i), _mm512_mulhrs_epi16(load(row + i), w)));
+}
+
+uint32_t collect(const int16_t* acc, uint32_t docs, int16_t least, uint16_t* places) {
+  const __m512i bar = _mm512_set1_epi16(least);
+  uint32_t n = 0, i = 0;
+  const auto some = [&](uint32_t end) {
+    for (; i < end; i += 32)
+      for (uint32_t hits = _mm512_cmpge_epi16_mask(load(acc + i), bar); hits; hits &= hits - 1)
+        places[n++] = static_cast<uint16_t>(i + static_cast<uint32_t>(__builtin_ctz(hits)));
+  };
+  while (i + 256 <= docs) {
+    __m512i best = _mm512_max_epi16(load(acc + i), load(acc + i + 32));
+    for (uint32_t j = 64; j < 256; j += 64)
+      best = _mm512_max_epi16(best, _mm512_max_epi16(load(acc + i + j), load(acc + i + j + 32)));
+    if (_mm512_cmpge_epi16_mask(best, bar) == 0)
+      i += 256;
+    else
+      some(i + 256);
+  }
+  some(docs);
+  return n;
+}
+
+void maxima(const int16_t* acc, uint32_t docs, int16_t* out) {
+  for (uint32_t g = 0; g < groups; g += 32) {
+    __m512i best = _mm512_set1_epi16(-32768);
+    for (uint32_t i = g; i < docs; i += groups) best = _mm512_max_epi16(best, load(acc + i));
+    _mm512_storeu_si512(out + g, best);
+  }
+}
+
+void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
+  const __m512i out = _mm512_set1_epi16(-32768);
+  for (uint32_t i = 0; i < docs; i += 32) _mm512_mask_storeu_epi16(acc + i, ~bits[i / 32], out);
+}
+
+}  // namespace
+
+const Kernels kernels_avx512 = {scatter, dense, collect, maxima, mask};
+
+}  // namespace gossamer::retrieval

@@ -1,0 +1,273 @@
+#include "search.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <limits>
+#include <mutex>
+#include <stdexcept>
+
+#include "../parallel.h"
+#include "scan.h"
+
+namespace gossamer::retrieval {
+namespace {
+
+// Below this many postings a query runs on one thread.
+constexpr int64_t postings_per_thread = int64_t{1} << 18;
+
+struct Best {
+  float score;
+  int64_t id;
+};
+
+bool better(const Best& a, const Best& b) { return a.score != b.score ? a.score > b.score : a.id < b.id; }
+
+void mark(const Segment& s, const Query& query, std::vector<uint32_t>& bits) {
+  for (const Term& t : terms_of(s, query, 0)) {
+    const auto set = [&](uint32_t doc) {
+      if (doc < s.docs()) bits[doc / 32] |= 1u << (doc % 32);
+    };
+    if (t.meta == nullptr) {
+      for (uint32_t i = 0; i < t.entry->count; ++i) set(word(t.postings, i));
+      continue;
+    }
+    for (uint32_t r = 0; r < s.header->ranges; ++r) {
+      const uint32_t begin = t.meta[r].offset, end = t.meta[r + 1].offset;
+      if (std::signbit(t.meta[r].scale))
+        for (uint32_t i = 0; i < s.docs_in(r); ++i) set(r * range_docs + i);
+      else
+        for (uint32_t i = begin; i < end; ++i) set(r * range_docs + (t.postings[i] & 0xffff));
+    }
+  }
+}
+
+// Keeps the best k of what it is given.
+struct Podium {
+  size_t k;
+  std::vector<Best> heap;
+
+  void add(Best one) {
+    if (heap.size() < k) {
+      heap.push_back(one);
+      std::push_heap(heap.begin(), heap.end(), better);
+    } else if (k > 0 && better(one, heap.front())) {
+      std::pop_heap(heap.begin(), heap.end(), better);
+      heap.back() = one;
+      std::push_heap(heap.begin(), heap.end(), better);
+    }
+  }
+};
+
+// Scores every document that the query touches; those it does not touch score 0.
+std::vector<Best> score_all(const std::vector<Target>& targets, const Query& query, size_t k, bool touched_only,
+                            Scratch& scratch, Work& work) {
+  Podium podium{k, {}};
+  std::vector<uint32_t> bits;
+  for (const Target& target : targets) {
+    const Segment& s = target.segment;
+    const Table table(s, query, scratch.table);
+    const size_t words = (size_t{s.docs()} + 31) / 32;
+    if (touched_only) {
+      bits.assign(words, 0);
+      mark(s, query, bits);
+    }
+    for (uint32_t w = 0; w < words; ++w) {
+      const uint32_t all = w + 1 < words || s.docs() % 32 == 0 ? ~0u : (1u << (s.docs() % 32)) - 1;
+      const uint32_t allowed = target.allowed != nullptr ? target.allowed[w] & all : all;
+      for (uint32_t left = allowed; left; left &= left - 1) {
+        const uint32_t bit = static_cast<uint32_t>(__builtin_ctz(left)), doc = w * 32 + bit;
+        const bool touched = !touched_only || (bits[w] >> bit & 1) != 0;
+        work.candidates += touched;
+        podium.add({touched ? table.score(s, doc) : 0.0f, s.id(doc)});
+      }
+    }
+  }
+  std::sort(podium.heap.begin(), podium.heap.end(), better);
+  return podium.heap;
+}
+
+// Scores the leaders exactly. A segment without values has the estimate only.
+std::vector<Best> score_hits(const std::vector<Target>& targets, const Query& query, std::vector<Hit>& hits, size_t k,
+                             Scratch& scratch, Work& work) {
+  std::sort(hits.begin(), hits.end(),
+            [](const Hit& a, const Hit& b) { return a.target != b.target ? a.target < b.target : a.doc < b.doc; });
+  std::vector<Best> best;
+  best.reserve(hits.size());
+  size_t i = 0;
+  while (i < hits.size()) {
+    const uint32_t index = hits[i].target;
+    size_t end = i;
+    while (end < hits.size() && hits[end].target == index) ++end;
+    const Segment& s = targets[index].segment;
+    if (!s.exact()) {
+      for (; i < end; ++i) best.push_back({static_cast<float>((hits[i].low + hits[i].high) / 2), s.id(hits[i].doc)});
+      continue;
+    }
+    constexpr size_t far = 32, near = 12;
+    const auto fetch = [&](size_t j) {
+      if (j < end) prefetch(s.data + s.rows[hits[j].doc], s.data + s.rows[hits[j].doc + 1], 4096);
+    };
+    for (size_t j = i; j < std::min(end, i + far); ++j) __builtin_prefetch(s.rows + hits[j].doc);
+    const Table table(s, query, scratch.table);
+    for (size_t j = i; j < i + near; ++j) fetch(j);
+    work.candidates += static_cast<int64_t>(end - i);
+    for (; i < end; ++i) {
+      if (i + far < end) __builtin_prefetch(s.rows + hits[i + far].doc);
+      fetch(i + near);
+      best.push_back({table.score(s, hits[i].doc), s.id(hits[i].doc)});
+    }
+  }
+  const size_t n = std::min(k, best.size());
+  std::partial_sort(best.begin(), best.begin() + static_cast<int64_t>(n), best.end(), better);
+  best.resize(n);
+  return best;
+}
+
+double postings_of(const std::vector<Target>& targets, const Query& query) {
+  double sum = 0;
+  for (const Target& target : targets)
+    for (uint32_t i = 0; i < query.length; ++i) {
+      const uint32_t column = target.segment.find(query.dims[i]);
+      if (column != flat) sum += target.segment.table[column].count;
+    }
+  return sum;
+}
+
+// Few documents are allowed: reading their rows costs less than reading the postings.
+bool rows_are_cheaper(const std::vector<Target>& targets, const Query& query) {
+  double allowed = 0, docs = 0;
+  for (const Target& target : targets) {
+    allowed += static_cast<double>(target.count);
+    docs += target.segment.docs();
+  }
+  return allowed * document_ns < postings_of(targets, query) * posting_ns + docs * sweep_ns;
+}
+
+// The leaders over all ranges, by `threads` threads that share their bar.
+Leaders scan_all(const std::vector<Target>& targets, const Query& query, const Options& options, size_t keep,
+                 int64_t threads, Work& work) {
+  int64_t total = 0;
+  for (const Target& target : targets) total += target.segment.header->ranges;
+  const int64_t parts = std::min(threads, std::max<int64_t>(total, 1));
+  std::vector<Leaders> found(static_cast<size_t>(parts), Leaders(keep));
+  std::vector<Work> done(static_cast<size_t>(parts));
+  std::atomic<double> bar{-infinity};
+  std::exception_ptr failure;
+  std::mutex lock;
+  const auto part = [&](int64_t p) {
+    const int64_t begin = total * p / parts, end = total * (p + 1) / parts;
+    int64_t first = 0;
+    for (size_t t = 0; t < targets.size(); ++t) {
+      const int64_t n = targets[t].segment.header->ranges;
+      const int64_t from = std::max(begin, first) - first, to = std::min(end, first + n) - first;
+      if (from < to && targets[t].count > 0) {
+        Scan scan(targets[t], static_cast<uint32_t>(t), query, options, scratch_here(), found[static_cast<size_t>(p)]);
+        scan.run(static_cast<uint32_t>(from), static_cast<uint32_t>(to), parts > 1 ? &bar : nullptr);
+        done[static_cast<size_t>(p)].ranges += scan.ranges;
+        done[static_cast<size_t>(p)].candidates += scan.scored;
+      }
+      first += n;
+    }
+  };
+  parallel_parts(parts, [&](int64_t p) {
+    try {
+      part(p);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(lock);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+  Leaders all = std::move(found[0]);
+  for (size_t p = 1; p < found.size(); ++p) {
+    all.hits.insert(all.hits.end(), found[p].hits.begin(), found[p].hits.end());
+    all.bar = std::max(all.bar, found[p].bar);
+    all.missed = std::max(all.missed, found[p].missed);
+    all.broken = all.broken || found[p].broken;
+  }
+  all.prune();
+  for (const Work& one : done) {
+    work.ranges += one.ranges;
+    work.candidates += one.candidates;
+  }
+  return all;
+}
+
+std::vector<Best> answer(const std::vector<Target>& targets, const Query& query, const Options& options,
+                         int64_t threads, Work& work) {
+  bool filtered = false, values = true;
+  for (const Target& target : targets) {
+    filtered = filtered || target.allowed != nullptr;
+    values = values && target.segment.exact();
+  }
+  if (values && filtered && rows_are_cheaper(targets, query))
+    return score_all(targets, query, options.k, false, scratch_here(), work);
+  const size_t keep = options.exact || !values ? options.k : std::max(options.k, options.survivors);
+  Leaders leaders = scan_all(targets, query, options, keep, threads, work);
+  // Every document passed over has a score below the k-th best one found, or we look at all of them.
+  if (options.exact && (leaders.broken || leaders.hits.size() < keep || !(leaders.bar > leaders.missed))) {
+    ++work.complete;
+    return score_all(targets, query, options.k, true, scratch_here(), work);
+  }
+  if (!options.exact && leaders.hits.size() > keep) {
+    std::nth_element(leaders.hits.begin(), leaders.hits.begin() + static_cast<int64_t>(keep), leaders.hits.end(),
+                     [](const Hit& a, const Hit& b) { return a.low > b.low; });
+    leaders.hits.resize(keep);
+  }
+  return score_hits(targets, query, leaders.hits, options.k, scratch_here(), work);
+}
+
+void put(const std::vector<Best>& best, uint32_t k, float* scores, int64_t* ids) {
+  for (uint32_t i = 0; i < k; ++i) {
+    scores[i] = i < best.size() ? best[i].score : -std::numeric_limits<float>::infinity();
+    ids[i] = i < best.size() ? best[i].id : -1;
+  }
+}
+
+}  // namespace
+
+Work search(const std::vector<Target>& targets, const Rows& queries, const Options& options, float* scores,
+            int64_t* ids) {
+  for (const Target& target : targets)
+    if (options.exact && !target.segment.exact()) throw std::invalid_argument("the index holds no exact values");
+  Work work;
+  const auto one = [&](int64_t q, int64_t threads, Work& into) {
+    put(answer(targets, query_of(queries, q), options, threads, into), options.k, scores + q * options.k,
+        ids + q * options.k);
+  };
+  const int64_t threads = std::max(options.threads, 1);
+  if (queries.docs < threads) {
+    for (int64_t q = 0; q < queries.docs; ++q) {
+      const double postings = postings_of(targets, query_of(queries, q));
+      const auto useful = static_cast<int64_t>(postings / postings_per_thread) + 1;
+      one(q, std::min(threads, useful), work);
+    }
+    return work;
+  }
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex lock;
+  parallel_parts(threads, [&](int64_t) {
+    Work own;
+    try {
+      for (int64_t q = next++; q < queries.docs; q = next++) one(q, 1, own);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(lock);
+      failure = std::current_exception();
+    }
+    const std::lock_guard<std::mutex> guard(lock);
+    work.candidates += own.candidates;
+    work.ranges += own.ranges;
+    work.complete += own.complete;
+  });
+  if (failure) std::rethrow_exception(failure);
+  return work;
+}
+
+void count_postings(const std::vector<Target>& targets, const Rows& queries, int64_t* counts) {
+  for (int64_t q = 0; q < queries.docs; ++q)
+    counts[q] = static_cast<int64_t>(postings_of(targets, query_of(queries, q)));
+}
+
+}  // namespace gossamer::retrieval
