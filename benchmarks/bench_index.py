@@ -1,7 +1,7 @@
 """The inverted index against Seismic, a plain C++ loop, faiss Flat, scipy and bm25s, in the same run.
 
-    python benchmarks/bench_index.py A B16 B32 B64 H32 H64 codes.npz --prepare    # makes jobs, builds indexes
-    python benchmarks/bench_index.py A B16 B32 B64 H32 H64 codes.npz              # measures
+    python benchmarks/bench_index.py A B16 B32 B64 T32 T64 codes.npz --prepare    # makes jobs, builds indexes
+    python benchmarks/bench_index.py A B16 B32 B64 T32 T64 codes.npz              # measures
     python benchmarks/bench_index.py --scale 10                           # builds and opens 10 million documents
 
 A job is one of index_jobs.py, or a CSR matrix codes.npz with queries in codes_q.npz. Peers that are not installed are
@@ -46,8 +46,8 @@ SEISMIC = {
     "B16": [(4000, 0.1, 0.4), (12000, 0.05, 0.4)],
     "B32": [(4000, 0.1, 0.4), (12000, 0.05, 0.4)],
     "B64": [(6000, 0.1, 0.4), (12000, 0.05, 0.4)],
-    "H32": [(4000, 0.1, 0.4), (12000, 0.05, 0.4)],
-    "H64": [(6000, 0.1, 0.4)],
+    "T32": [(4000, 0.1, 0.4), (12000, 0.05, 0.4)],
+    "T64": [(6000, 0.1, 0.4)],
 }
 SEISMIC_CODES = [(1000, 0.1, 0.4), (2000, 0.1, 0.4), (4000, 0.1, 0.5)]
 CUTS, FACTORS = (4, 6, 8, 12, 16, 24, 1000), (0.7, 0.8, 0.9, 1.0, 1.1)

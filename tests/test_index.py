@@ -620,3 +620,10 @@ def test_parts_of_one_index_never_mix(tmp_path: Path) -> None:
         writer.commit({"dim": 9, "values": True, "next_id": 10, "parts": parts, "settings": {}})
     with pytest.raises(IndexFileError, match="contradict"):
         SparseIndex.open(path)
+
+
+def test_stub_names_what_the_core_has() -> None:
+    stub = Path(storage.__file__).parents[1] / "_retrieval.pyi"
+    lines = [line for line in stub.read_text().splitlines() if line.startswith(("def ", "class ", "MAX_DOCS"))]
+    declared = {line.split("(")[0].split(":")[0].removeprefix("def ").removeprefix("class ") for line in lines}
+    assert declared == {name for name in dir(require()) if not name.startswith("_")}

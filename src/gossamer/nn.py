@@ -48,6 +48,7 @@ class SparseLinear(nn.Module):
             if not self._borrows(name):
                 self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
         held = _frozen(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", held)
 
     @classmethod
@@ -114,7 +115,7 @@ class SparseLinear(nn.Module):
         # Not get_parameter, which splits dotted names: this runs on every call.
         own: Mapping[str, Any] = self._parameters
         if not self._lender:
-            return [own[n] for n in self._names]
+            return [own[n] for n in self._names]  # type: ignore[misc]
         lent = self._lender[0]._parameters
         return [lent[n] if self._borrows(n) else own[n] for n in self._names]  # type: ignore[misc]
 

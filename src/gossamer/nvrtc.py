@@ -7,8 +7,8 @@ one entry under one set of macros, and a module that has some lists them in `VAR
     VARIANTS = (SCALE,)
     SCALE.launch((blocks, 1, 1), (128, 1, 1), x, 0.5, x.numel(), 7)
 
-Compiled binaries lie under `cuda` in the cache folder; several processes may share it. A launch neither synchronises nor
-allocates on the GPU, so CUDA graphs may capture it, even the first one of a function. Call it from inside an op:
+Compiled binaries lie under `cuda` in the cache folder; several processes may share it. A launch neither synchronises
+nor allocates on the GPU, so CUDA graphs may capture it, even the first one of a function. Call it from inside an op:
 torch.compile cannot trace it.
 """
 

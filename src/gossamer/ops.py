@@ -41,7 +41,7 @@ def _any_mode() -> bool:
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
     )
 
 

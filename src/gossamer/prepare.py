@@ -326,7 +326,8 @@ def _stack(members: list[SparseLinear], chosen: Mapping[SparseLinear, Group], ra
         return
     operands = list(whole.tensors().values())
     steps = {o.kernels: (_step(o.kernels[0], whole, operands, race.dtype),) for _, o in ways}
-    bias = None if members[0].bias is None else torch.cat([m.bias for m in members])
+    biases: list[Tensor] = [m.bias for m in members if m.bias is not None]
+    bias = torch.cat(biases) if biases else None
     rows = [m.out_features for m in members]
     made = Stack(rows, race.dtype, [(n, steps[o.kernels]) for n, o in ways], whole, operands, bias)
     for place, (layer, tensors) in enumerate(zip(members, views(whole, parts), strict=True)):  # type: ignore[arg-type]
