@@ -219,7 +219,8 @@ def test_densify_puts_linears_back() -> None:
     assert checkpoint.densify(found) is found
     layer = found.model.layers[0].mlp.up_proj
     assert type(layer) is nn.Linear and layer.weight.requires_grad and torch.equal(layer.weight, decoded)
-    assert not sparse_layers(found) and torch.equal(logits(found), before)
+    assert not sparse_layers(found)
+    torch.testing.assert_close(logits(found), before)  # another kernel, another order of the sums
 
 
 def test_densify_of_a_loaded_model_forgets_the_config(saved: Path, tmp_path: Path) -> None:

@@ -218,11 +218,16 @@ def test_products_stay_inside_their_buffers(isa: str, tokens: int, dtype: torch.
 
 
 def test_threads_are_those_of_torch() -> None:
-    """One OpenMP runtime in the process, torch's, and it does our work."""
-    assert native.require().threads_of() == "openmp"
-    with open("/proc/self/maps") as file:
-        runtimes = {line.split()[-1] for line in file if "omp" in os.path.basename(line.split()[-1])}
-    assert len(runtimes) == 1 and os.path.dirname(torch.__file__) in runtimes.pop()
+    """The one OpenMP runtime of a process that has loaded torch and us is torch's, and it does our work."""
+    script = """
+import os, re, torch
+from gossamer import native
+assert native.require().threads_of() == "openmp"
+names = {line.split()[-1] for line in open("/proc/self/maps")}
+runtimes = [n for n in names if re.match(r"lib[gi]?omp", os.path.basename(n))]
+assert len(runtimes) == 1 and os.path.dirname(torch.__file__) in runtimes[0], runtimes
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_calls_from_several_python_threads(threads: int) -> None:
