@@ -143,7 +143,8 @@ def test_light_terms_are_left_out(isa: str, signed: bool) -> None:
     index.delete(np.flatnonzero(~chosen)[::2])
     same(index.search(queries, 9, filter=chosen, threads=2), brute(docs[chosen], queries, 9, np.flatnonzero(chosen)))
     rows, out = as_rows(queries).tidy(), (np.empty((8, 9), np.float32), np.empty((8, 9), np.int64))
-    targets = [(p.native, 0, len(p)) for p in SparseIndex.build(docs)._parts]
+    whole = SparseIndex.build(docs)
+    targets = [(p.native, 0, len(p)) for p in whole._parts]
     native = [a.ctypes.data for a in out]
     scored, ranges, complete = require().search(targets, 8, *rows.pointers(), 9, True, 1.0, 0, 0.0, 1, *native)
     assert scored > 8 * 9 and ranges == 8 * 3 and complete == 0

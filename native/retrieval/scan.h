@@ -249,8 +249,10 @@ class Scan {
       return bound;
     }
     const double step = head_ * (32768.0 / impact_one) / bound;
-    for (size_t i = 0; i < terms_.size(); ++i)
-      scratch_.weights[i] = static_cast<int16_t>(static_cast<int>(scratch_.scales[i] * step + 32768.5) - 32768);
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      const double weight = std::clamp(scratch_.scales[i] * step, -32767.0, 32767.0);  // only damage gets that far
+      scratch_.weights[i] = static_cast<int16_t>(static_cast<int>(weight + 32768.5) - 32768);
+    }
     if (options_.exact) bound_error(step);
     return bound;
   }
