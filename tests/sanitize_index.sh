@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../native/retrieval"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-flags=(-std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all)
+flags=(-std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
 avx2=(-mavx2 -mbmi -mbmi2 -mpopcnt)
 sources=(fuzz build checksum search segment kernels_scalar ../isa ../parallel)
 if [ "$(uname -m)" = x86_64 ]; then
