@@ -25,6 +25,7 @@ from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.dense import Dense
 from gossamer.kernels.cpu_bitmask import CpuBitmask
 from gossamer.kernels.cpu_dense import CpuDense
+from gossamer.prepare import settled
 from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,12 +58,12 @@ def copy_of(a: Bitmask) -> Bitmask:
 
 
 def bitmask_call(a: Bitmask) -> Call:
-    packed = CpuBitmask.pack(a, torch.float32)
+    packed = settled(CpuBitmask, a, torch.float32)
     return lambda x: CpuBitmask.run(x, packed.tensors, packed.meta, None)
 
 
 def dense_call(a: Tensor) -> Call:
-    packed = CpuDense.pack(Dense((a.shape[0], a.shape[1]), a), torch.float32)
+    packed = settled(CpuDense, Dense((a.shape[0], a.shape[1]), a), torch.float32)
     return lambda x: CpuDense.run(x, packed.tensors, packed.meta, None)
 
 

@@ -8,9 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gossamer
-from gossamer import timing
+from gossamer import dispatch, timing
 from gossamer.formats.bitmask import Bitmask
 from gossamer.nn import SparseLinear
+from gossamer.prepare import run_dense
 
 ROWS = {"q_proj": 24, "k_proj": 8, "v_proj": 8, "o_proj": 24}
 
@@ -124,6 +125,27 @@ def test_saved_without_a_trace(model: Attention, tmp_path) -> None:
     save_file(model.state_dict(), tmp_path / "prepared.safetensors")
     save_file(apart(model).state_dict(), tmp_path / "plain.safetensors")
     assert (tmp_path / "prepared.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+
+
+def test_dense_is_dense_after_a_stack(model: Attention) -> None:
+    run_dense(model)
+    assert model.q_proj.stack is None
+    assert {s.kernel for _, way in dispatch.route(model.q_proj.layout).ways for s in way} == {"vendor"}
+
+
+def test_loading_other_weights_forgets_what_was_packed(model: Attention) -> None:
+    other, x = Attention(model.q_proj.bias is not None), torch.randn(1, 40)
+    model.load_state_dict(other.state_dict())
+    assert model.q_proj.stack is None and not model.q_proj.prepared
+    with torch.no_grad():
+        for found, expected in zip(model(x), other(x), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_explain_tells(model: Attention) -> None:
+    rows = {name: row for row in gossamer.explain(model).rows for name in row.layers}
+    assert rows["q_proj"].together == 16 and rows["o_proj"].together == 0
+    assert "up to 16 tokens in one call" in str(gossamer.explain(model))
 
 
 def test_no_stack_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def choose(case: Case) -> type[Kernel]:
     """The kernel of a layer that was not prepared."""
     if name := _forced(case.spec["format"]):
         return required(name, case)
-    known = {k.name: k for k in eligible(case) if k.immediate and not _copies(k, case)}
+    known = {k.name: k for k in eligible(case) if k.immediate(case)}
     times = _lock(case.device).times.get(lock.key(case.spec, case.device, case.dtype), {})
     measured = {n: t for n, t in times.get(bucket(case.tokens), {}).items() if n in known}
     # Without a measurement the first in the list: a kernel made for the format, else the oracle.
@@ -172,11 +172,6 @@ def _forced(format_name: str) -> str | None:
     """What GOSSAMER_KERNEL asks for, where that kernel runs this format; KeyError if it names nothing."""
     name = os.environ.get("GOSSAMER_KERNEL")
     return name if name and (name == ORACLE or format_name in registry[name].formats) else None
-
-
-def _copies(kernel: type[Kernel], case: Case) -> bool:
-    """A dense weight of another dtype than x's would be converted on every call."""
-    return kernel.name == "vendor" and case.spec.get("dtype") != dtype_name(case.dtype)
 
 
 @cache

@@ -40,6 +40,7 @@ class Row:
 
     layers: tuple[str, ...]
     stored: str  # format and shape
+    together: int  # up to so many tokens they run in one call with their siblings (q, k and v); 0 if not
     copies: int  # bytes of dense copies and packed layouts beside the stored tensors, all layers together
     cells: tuple[Cell, ...]
 
@@ -67,6 +68,8 @@ class Explanation:
         for row in self.rows:
             lines.append(f"{pattern(row.layers)}  {row.stored}, {row.copies / 1e6:.1f} MB beside it")
             lines += [f"    {_range(span)}: {_shown(span)}" for span in _spans(row.cells)]
+            if row.together:
+                lines.append(f"    up to {row.together} tokens in one call with the layers that read the same input")
         return "\n".join(lines)
 
 
@@ -102,10 +105,11 @@ def describe(model: nn.Module, dtype: torch.dtype, books: Mapping[torch.device, 
     grouped: dict[tuple, list[tuple[str, SparseLinear]]] = {}
     for name, layer in sparse_layers(model).items():
         cells = _cells(layer, dtype, books[layer.device].times)
-        grouped.setdefault((_stored(layer.spec), cells), []).append((name, layer))
+        together = layer.stack.tokens if layer.stack else 0
+        grouped.setdefault((_stored(layer.spec), together, cells), []).append((name, layer))
     rows = [
-        Row(tuple(n for n, _ in members), stored, sum(layer.packed_bytes for _, layer in members), cells)
-        for (stored, cells), members in grouped.items()
+        Row(tuple(n for n, _ in members), stored, together, sum(layer.packed_bytes for _, layer in members), cells)
+        for (stored, together, cells), members in grouped.items()
     ]
     return Explanation(dtype, tuple(rows))
 

@@ -50,6 +50,15 @@ def available() -> bool:
     return _built is not None
 
 
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why products of ours cannot run for x of `dtype` on `device` (it completes "it needs ..."), None if they can."""
+    if _built is None:
+        return "the compiled core; fix: pip install . in the repository, with g++ >= 11"
+    if device.type != "cpu":
+        return "x on the CPU"
+    return None if dtype in FLOATS else "x in float32 or bfloat16"
+
+
 def require() -> ModuleType:
     """The compiled core, or an ImportError that names the fix."""
     if _built is None:

@@ -88,7 +88,7 @@ class SparseLinear(nn.Module):
     def use(self, dtype: torch.dtype, ways: dispatch.Ways, packed: Sequence[Tensor]) -> None:
         """Take these choices for x of `dtype`; their steps count `packed` from the end of the stored tensors."""
         self.layout = dispatch.to_layout(self.spec, dtype, ways)
-        self._packed = tuple(packed)
+        self._packed, self._stack = tuple(packed), None
 
     def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor]) -> None:
         """Run as part of a stack; `tensors` are the layer's own, where they lie in the stack's memory."""
@@ -131,6 +131,10 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         held = " x ".join(s["format"] for s in (self.spec.get("left"), self.spec.get("right")) if s)
         return f"{self.in_features}, {self.out_features}, {held or self.spec['format']}, bias={self.bias is not None}"
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unprepare()  # what was packed belongs to the old tensors
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves to a device, never to a dtype: `fn` sees the stored tensors as bytes, which no cast touches.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, formats, machine, timing
+from . import dispatch, formats, machine, native, timing
 from . import lock as locks
 from .dispatch import Step, Way
 from .explain import Explanation, books, compute_dtype, dense_spec, describe, factor_specs, inner_dtype
@@ -143,7 +143,7 @@ class _Race:
     footprint: int  # bytes of the whole model's sparse layers
 
     def group(self, layers: list[SparseLinear]) -> Group:
-        found = _cold([layer.format for layer in layers[: _sampled(layers[0])]], self.footprint)
+        found = [layer.format for layer in layers[: _sampled(layers[0])]]
         spec = layers[0].spec
         stored = {t.data_ptr() for f in found for t in f.tensors().values()}
         inner = inner_dtype(spec, self.dtype, layers[0].device)
@@ -155,7 +155,7 @@ class _Race:
         if self.kernel and any(f["format"] in registry[self.kernel].formats for f in factor_specs(spec)):
             options = [o for o in options if self.kernel in o.kernels]
         elif spec["format"] != Dense.name:
-            options += self.options([_copy(f, self.dtype) for f in found], self.dtype, set(), whole=True)
+            options += self.options(found, self.dtype, set(), whole=True)
         room = SMALL * sum(f["shape"][0] + 1 for f in factor_specs(spec))
         free = [o for o in options if o.nbytes <= room]
         return Group(layers, options, free or options[:1])
@@ -163,8 +163,9 @@ class _Race:
     def options(
         self, found: Sequence[Format], dtype: torch.dtype, stored: set[int], whole: bool = False
     ) -> list[Option]:
-        """One per kernel. `stored`: addresses of the tensors that are there anyhow; `whole`: these are dense copies."""
+        """One per kernel. `stored`: addresses of the tensors that are there anyhow; `whole`: as dense copies."""
         spec, device = found[0].spec(), next(iter(found[0].tensors().values())).device
+        spec = dense_spec(spec, dtype) if whole else spec
         able = {n: self._able(Case(spec, device, dtype, n), whole) for n in self.sizes}
         names = {k.name: k for kernels in able.values() for k in kernels}
         place = locks.key(spec, device, dtype)
@@ -173,7 +174,9 @@ class _Race:
             for n, kernels in able.items()
             if self.again or {k.name for k in kernels} - self.book.times.get(place, {}).get(n, {}).keys()
         }
-        packs = {name: [k.pack(f, dtype) for f in (found if missing else found[:1])] for name, k in names.items()}
+        sample = _cold(found, self.footprint) if missing else found[:1]
+        matrices = [_copy(f, dtype) for f in sample] if whole else sample
+        packs = {name: [settled(k, a, dtype) for a in matrices] for name, k in names.items()}
         for n, kernels in missing.items():
             x = torch.randn(n, spec["shape"][1], device=device).to(dtype)
             runners = {k.name: [partial(_call, k, x, p) for p in packs[k.name]] for k in kernels}
@@ -195,12 +198,22 @@ def _stored_bytes(layer: SparseLinear) -> int:
     return sum(t.numel() * t.element_size() for t in layer.parts())
 
 
-def _cold(found: list[Format], footprint: int) -> list[Format]:
+def settled(kernel: type[Kernel], a: Format, dtype: torch.dtype) -> Packed:
+    """Packed, and on the CPU moved onto huge pages: dense copies, too, or the comparison would flatter us."""
+    packed = kernel.pack(a, dtype)
+    if native.available():
+        for tensor in packed.tensors:
+            if tensor.device.type == "cpu":
+                native.move_to_huge_pages(tensor)
+    return packed
+
+
+def _cold(found: Sequence[Format], footprint: int) -> list[Format]:
     """Copies added, so that a sweep over a shape with few layers runs from as far away as in the whole model."""
     size = sum(f.nbytes for f in found)
     more = max(0, math.ceil(min(footprint, SWEEP_BYTES) / max(1, size)) - 1)
-    cloned = [formats.from_spec(f.spec(), {n: t.clone() for n, t in f.tensors().items()}) for f in found * more]
-    return found + cloned
+    cloned = [formats.from_spec(f.spec(), {n: t.clone() for n, t in f.tensors().items()}) for f in [*found] * more]
+    return [*found, *cloned]
 
 
 def _sampled(layer: SparseLinear) -> int:
@@ -275,7 +288,7 @@ def _way(option: Option, a: Format, operands: list[Tensor], dtype: torch.dtype) 
 
 
 def _step(name: str, a: Format, operands: list[Tensor], dtype: torch.dtype) -> Step:
-    packed = registry[name].pack(a, dtype)
+    packed = settled(registry[name], a, dtype)
     at = [_place(t, operands) for t in packed.tensors]
     return Step(name, tuple(at), packed.meta)
 
@@ -300,8 +313,9 @@ def _siblings(layers: Mapping[str, SparseLinear]) -> list[list[SparseLinear]]:
     for name, layer in layers.items():
         parent, _, own = name.rpartition(".")
         kin = next((names for names in KIN if own in names), None)
-        if kin and layer.spec["format"] == Bitmask.name:
-            alike = (layer.spec["dtype"], layer.in_features, layer.device, layer.bias is None)
+        # On a GPU the kernel that a stack would need has a layout of its own, which views cannot share.
+        if kin and layer.spec["format"] == Bitmask.name and layer.device.type == "cpu":
+            alike = (layer.spec["dtype"], layer.in_features, layer.bias is None)
             found.setdefault((parent, kin, *alike), []).append(layer)
     return [members for members in found.values() if len(members) > 1]
 
@@ -312,7 +326,7 @@ def _stack(members: list[SparseLinear], chosen: Mapping[SparseLinear, Group], ra
         return
     parts = [layer.format for layer in members]
     whole = stacked(parts)  # type: ignore[arg-type]
-    options = race.options(_cold([whole], race.footprint), race.dtype, {whole.weight.data_ptr(), whole.mask.data_ptr()})
+    options = race.options([whole], race.dtype, {whole.weight.data_ptr(), whole.mask.data_ptr()})
     room = SMALL * (whole.shape[0] + 1)
     able = [o for o in options if o.nbytes <= room]
     ways = []

@@ -21,7 +21,7 @@ MOST_TOKENS = 16  # beyond, a call costs little beside its work
 
 
 class Stack:
-    """One matrix for several layers: `rows` of each, the layout and operands of the whole, for up to `limit` tokens."""
+    """One matrix for several layers: `rows` of each, layout and operands of the whole, for up to `tokens` tokens."""
 
     def __init__(
         self,
@@ -35,12 +35,13 @@ class Stack:
         self.rows, self.bias = list(rows), bias
         self.layout = dispatch.to_layout(a.spec(), dtype, ways)
         self.operands = list(operands)
-        self.dtype, self.limit = dtype, ways[-1][0] * a.shape[1]  # in elements of x
+        self.dtype, self.tokens = dtype, ways[-1][0]
+        self._limit = self.tokens * a.shape[1]  # elements of x
         self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     def takes(self, x: Tensor) -> bool:
         """Is x of the dtype and size that the stack is for? Gradients go through the layers themselves."""
-        return x.numel() <= self.limit and x.dtype == self.dtype and not torch.is_grad_enabled()
+        return x.numel() <= self._limit and x.dtype == self.dtype and not torch.is_grad_enabled()
 
     def part(self, i: int, x: Tensor) -> Tensor:
         """Layer i's rows of the product with x. A layer never gets the same answer twice, so none is out of date."""

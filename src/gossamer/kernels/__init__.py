@@ -51,12 +51,16 @@ class Kernel(ABC):
     name: ClassVar[str]
     device: ClassVar[str]  # torch's device type, or "any"
     formats: ClassVar[tuple[str, ...]]  # what `pack` takes as it is stored; a kernel of "dense" takes a dense copy, too
-    immediate: ClassVar[bool] = False  # `pack` costs so little that layers which were never prepared pack on every call
 
     @classmethod
     @abstractmethod
     def refuses(cls, case: Case) -> str | None:
         """Why it cannot run this case (a phrase that completes "it needs ..."), or None if it can."""
+
+    @classmethod
+    def immediate(cls, case: Case) -> bool:
+        """Does `pack` cost so little that a layer which was never prepared can do it on every call?"""
+        return False
 
     @classmethod
     @abstractmethod

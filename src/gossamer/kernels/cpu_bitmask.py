@@ -28,29 +28,25 @@ class CpuBitmask(Kernel):
     name: ClassVar[str] = "cpu_bitmask"
     device: ClassVar[str] = "cpu"
     formats: ClassVar[tuple[str, ...]] = ("bitmask",)
-    immediate: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, case: Case) -> str | None:
-        if not native.available():
-            return "the compiled core; fix: pip install . in the repository, with g++ >= 11"
-        if case.device.type != "cpu":
-            return "x on the CPU"
-        if case.dtype not in native.FLOATS:
-            return "x in float32 or bfloat16"
+        if reason := native.refusal(case.device, case.dtype):
+            return reason
         if case.spec["dtype"] not in ("float32", "bfloat16"):
             return "values in float32 or bfloat16"
         return None
+
+    @classmethod
+    def immediate(cls, case: Case) -> bool:
+        return True
 
     @classmethod
     def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
         if not isinstance(a, Bitmask):
             raise KernelError(f"cpu_bitmask runs the format bitmask, not {a.name}; fix: choose another kernel")
         values, mask = a.weight.detach().contiguous(), a.mask.contiguous()
-        offsets = native.row_offsets(values, mask, a.shape)
-        for tensor in (values, mask):
-            native.move_to_huge_pages(tensor)
-        return Packed((values, mask, offsets), {"cols": a.shape[1]})
+        return Packed((values, mask, native.row_offsets(values, mask, a.shape)), {"cols": a.shape[1]})
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:

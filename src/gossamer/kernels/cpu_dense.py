@@ -19,19 +19,18 @@ class CpuDense(Kernel):
     name: ClassVar[str] = "cpu_dense"
     device: ClassVar[str] = "cpu"
     formats: ClassVar[tuple[str, ...]] = ("dense",)
-    immediate: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, case: Case) -> str | None:
-        if not native.available():
-            return "the compiled core; fix: pip install . in the repository, with g++ >= 11"
-        if case.device.type != "cpu":
-            return "x on the CPU"
-        if case.dtype not in native.FLOATS:
-            return "x in float32 or bfloat16"
+        if reason := native.refusal(case.device, case.dtype):
+            return reason
         if case.tokens > native.MAX_TOKENS:
             return f"at most {native.MAX_TOKENS} tokens"
         return None
+
+    @classmethod
+    def immediate(cls, case: Case) -> bool:
+        return True
 
     @classmethod
     def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
@@ -39,9 +38,7 @@ class CpuDense(Kernel):
         dense = a.decode()
         if dense.dtype not in native.FLOATS:
             dense = a.decode(torch.float32)
-        weight = dense.detach().contiguous()
-        native.move_to_huge_pages(weight)
-        return Packed((weight,))
+        return Packed((dense.detach().contiguous(),))
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:

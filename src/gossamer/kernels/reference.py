@@ -22,11 +22,14 @@ class Reference(Kernel):
     name: ClassVar[str] = "reference"
     device: ClassVar[str] = "any"
     formats: ClassVar[tuple[str, ...]] = ()
-    immediate: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, case: Case) -> str | None:
         return None
+
+    @classmethod
+    def immediate(cls, case: Case) -> bool:
+        return True
 
     @classmethod
     def pack(cls, a: Format, dtype: torch.dtype) -> Packed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..formats import Format
+from ..formats import Format, dtype_name
 from . import Case, Kernel, Packed
 
 
@@ -19,11 +19,14 @@ class Vendor(Kernel):
     name: ClassVar[str] = "vendor"
     device: ClassVar[str] = "any"
     formats: ClassVar[tuple[str, ...]] = ("dense",)
-    immediate: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, case: Case) -> str | None:
         return None
+
+    @classmethod
+    def immediate(cls, case: Case) -> bool:
+        return case.spec["dtype"] == dtype_name(case.dtype)  # else the copy is made on every call
 
     @classmethod
     def pack(cls, a: Format, dtype: torch.dtype) -> Packed:

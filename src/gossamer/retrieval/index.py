@@ -185,7 +185,7 @@ class SparseIndex:
 
         recall: None is exact; 0.99 finds 99 % of the true k best on average, calibrated once on the documents
         themselves unless `calibrate` was given queries. filter: ids to choose from, or a boolean vector indexed by id.
-        threads: 0 is as many as torch uses, or the machine has. setting: of the approximate search, by hand.
+        threads: 0 is as many as this process may run at once. setting: of the approximate search, by hand.
         """
         if k < 1:
             raise ValueError(f"k is {k}: ask for at least one result")
