@@ -72,16 +72,28 @@ void run_rows(const LinearJob& job, const LinearRows::Rows* kernel, int64_t grou
     }
 }
 
-// The row where part i of `parts` starts, when a row costs its values and `row_cost`.
+// The row where part i of `parts` starts, when a row costs its values and `row_cost`. Most matrices are even, so the
+// search gallops from where an even one would be cut: a plain bisection misses the cache at every step.
 int64_t first_row(const int64_t* offsets, int64_t rows, int64_t row_cost, int64_t value_cost, int64_t i,
                   int64_t parts) {
+  if (i == 0) return 0;
   if (i == parts) return rows;  // those without cost too
-  const auto cost = [=](int64_t row) { return offsets[row] * value_cost + row * row_cost; };
-  const double wanted = static_cast<double>(cost(rows)) * static_cast<double>(i) / static_cast<double>(parts);
-  int64_t low = 0, high = rows;
+  const auto cost = [=](int64_t row) { return static_cast<double>(offsets[row] * value_cost + row * row_cost); };
+  const double wanted = cost(rows) * static_cast<double>(i) / static_cast<double>(parts);
+  const auto before = [&](int64_t row) { return cost(row) < wanted; };
+  int64_t low = 0, high = rows;  // the answer is in [low, high]
+  const int64_t guess = rows * i / parts;
+  int64_t step = 1;
+  if (before(guess)) {
+    for (low = guess + 1; low + step < rows && before(low + step); step *= 2) low += step + 1;
+    high = std::min(rows, low + step);
+  } else {
+    for (high = guess; high - step > 0 && !before(high - step); step *= 2) high -= step;
+    low = std::max<int64_t>(0, high - step);
+  }
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (static_cast<double>(cost(middle)) < wanted)
+    if (before(middle))
       low = middle + 1;
     else
       high = middle;

@@ -10,7 +10,7 @@ namespace gossamer {
 namespace {
 
 using Vec = __m256;
-constexpr int lanes = 8, group = 4;
+constexpr int lanes = 8, group = 4, most_rows = 1;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }

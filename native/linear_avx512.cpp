@@ -8,7 +8,7 @@ namespace gossamer {
 namespace {
 
 using Vec = __m512;
-constexpr int lanes = 16, group = 8;
+constexpr int lanes = 16, group = 8, most_rows = 4;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }

@@ -1,6 +1,6 @@
 // The loops of linear.h that every ISA shares. A translation unit first defines, in the anonymous namespace,
 //   Vec                                          // a register of float32
-//   constexpr int lanes, group;                  // float32 in a Vec; tokens a pass
+//   constexpr int lanes, group, most_rows;       // float32 in a Vec; tokens a pass; rows worked off together
 //   Vec zero(); Vec load(const float*); Vec fma(Vec a, Vec b, Vec c); float sum(Vec);
 //   template <class T> struct Block {            // T = uint32_t (float32), uint16_t (bfloat16)
 //     using Raw;                                 // weights as they are stored
@@ -29,15 +29,21 @@ namespace {
 
 // How far ahead of their use weights are fetched, first towards the second-level cache, then into the first: DRAM
 // latency times the bandwidth of one core, and some. The hardware's own prefetcher stops at every 4 KiB.
-constexpr int far_bytes = 4096, near_bytes = 1024, mask_bytes = 512;
+constexpr int far_bytes = 4096, near_bytes = 1024;
 constexpr int line_bytes = 64;
 
+// The same in bytes of a row's weights and mask. Rows that go together are read side by side, so what comes next lies a
+// whole number of such groups further on.
+struct Ahead {
+  int64_t weights, mask;
+};
+
 template <int lines, class T>
-GOSSAMER_INLINE void prefetch(const T* from) {
+GOSSAMER_INLINE void prefetch(const T* from, const Ahead& ahead) {
   const char* at = reinterpret_cast<const char*>(from);
   GOSSAMER_UNROLL
   for (int i = 0; i < lines; ++i) {
-    __builtin_prefetch(at + far_bytes + i * line_bytes, 0, 2);
+    __builtin_prefetch(at + ahead.weights + i * line_bytes, 0, 2);
     __builtin_prefetch(at + near_bytes + i * line_bytes, 0, 3);
   }
 }
@@ -67,6 +73,8 @@ inline uint64_t bits_of_tail(const uint8_t* mask, int64_t cols) {
 // One row of a bitmask matrix. Unless `careful`, a whole block may be read from wherever the row's values end.
 template <class T, bool careful>
 struct BitmaskSource {
+  static constexpr bool dense = false;
+  static constexpr int weight_bytes = sizeof(T);
   const uint8_t* mask;
   const T* values;
   const T* end;
@@ -77,10 +85,12 @@ struct BitmaskSource {
         values(static_cast<const T*>(job.values) + job.offsets[row]),
         end(static_cast<const T*>(job.values) + job.offsets[row + 1]) {}
 
+  static int64_t row_bytes(const LinearJob& job) {
+    return job.offsets[job.rows] * int64_t{sizeof(T)} / (job.rows ? job.rows : 1);
+  }
+
   GOSSAMER_INLINE void expand(uint64_t bits, Vec* w) {
     using B = Block<T>;
-    prefetch<1>(values);
-    __builtin_prefetch(mask + mask_bytes);
     GOSSAMER_UNROLL
     for (int i = 0; i < step_blocks<T>; ++i) {
       // From the start of the step, not from the last block: the additions then form no chain.
@@ -91,7 +101,9 @@ struct BitmaskSource {
     values += __builtin_popcountll(bits);
   }
 
-  GOSSAMER_INLINE void next(Vec* w) {
+  GOSSAMER_INLINE void next(Vec* w, const Ahead& ahead) {
+    prefetch<1>(values, ahead);
+    __builtin_prefetch(mask + ahead.mask, 0, 2);
     expand(bits_of_step(mask), w);
     mask += step_cols / 8;
   }
@@ -101,13 +113,17 @@ struct BitmaskSource {
 
 template <class T>
 struct DenseSource {
+  static constexpr bool dense = true;
+  static constexpr int weight_bytes = sizeof(T);
   const T* weights;
 
   DenseSource() = default;
   DenseSource(const LinearJob& job, int64_t row) : weights(static_cast<const T*>(job.values) + row * job.cols) {}
 
-  GOSSAMER_INLINE void next(Vec* w) {
-    prefetch<step_cols * sizeof(T) / line_bytes>(weights);
+  static int64_t row_bytes(const LinearJob& job) { return job.cols * int64_t{sizeof(T)}; }
+
+  GOSSAMER_INLINE void next(Vec* w, const Ahead& ahead) {
+    prefetch<step_cols * sizeof(T) / line_bytes>(weights, ahead);
     GOSSAMER_UNROLL
     for (int i = 0; i < step_blocks<T>; ++i)
       Block<T>::widen(Block<T>::read(weights + i * Block<T>::cols), w + i * Block<T>::vecs);
@@ -144,19 +160,6 @@ struct Sums {
         of[t][i % sums<tokens>] = fma(w[i], load(x + t * step_cols + i * lanes), of[t][i % sums<tokens>]);
   }
 
-  // The next `cols` columns of a row; only its last ones may be no whole step.
-  template <class Source>
-  GOSSAMER_INLINE void add_cols(Source& source, const float* x, int64_t x_step, int64_t cols) {
-    Vec w[step_vecs];
-    for (; cols > 0; cols -= step_cols, x += x_step) {
-      if (cols >= step_cols)
-        source.next(w);
-      else
-        source.tail(cols, w);
-      add_step(w, x);
-    }
-  }
-
   GOSSAMER_INLINE float of_token(int t) const {
     Vec all = of[t][0];
     GOSSAMER_UNROLL
@@ -164,6 +167,25 @@ struct Sums {
     return sum(all);
   }
 };
+
+// The next `cols` columns of n rows; only the last ones of a row may be no whole step.
+template <int n, class Source, int tokens>
+GOSSAMER_INLINE void add_cols(Source* sources, Sums<tokens>* all, const float* x, int64_t x_step, int64_t cols,
+                              const Ahead& ahead) {
+  Vec w[step_vecs];
+  for (; cols >= step_cols; cols -= step_cols, x += x_step)
+    GOSSAMER_UNROLL
+    for (int r = 0; r < n; ++r) {
+      sources[r].next(w, ahead);
+      all[r].add_step(w, x);
+    }
+  if (cols > 0)
+    GOSSAMER_UNROLL
+    for (int r = 0; r < n; ++r) {
+      sources[r].tail(cols, w);
+      all[r].add_step(w, x);
+    }
+}
 
 inline float to_float(const void* from, Float type, int64_t i) {
   if (type == Float::f32) return static_cast<const float*>(from)[i];
@@ -199,36 +221,79 @@ GOSSAMER_INLINE void finish_row(const LinearJob& job, int64_t row, const Sums<to
 template <int tokens>
 constexpr int64_t chunk_cols = x_bytes_at_once / (tokens * int64_t{sizeof(float)}) / step_cols * step_cols;
 
+template <class Source, int tokens, int n>
+GOSSAMER_INLINE void whole_rows(const LinearJob& job, int64_t row, const Ahead& ahead) {
+  Source sources[n];
+  Sums<tokens> all[n];
+  GOSSAMER_UNROLL
+  for (int r = 0; r < n; ++r) {
+    sources[r] = Source(job, row + r);
+    all[r].clear();
+  }
+  add_cols<n>(sources, all, job.x, job.tokens * step_cols, job.cols, ahead);
+  GOSSAMER_UNROLL
+  for (int r = 0; r < n; ++r) finish_row(job, row + r, all[r]);
+}
+
+// Rows that are read side by side share the loads of x, which is what the arithmetic of sparse rows waits for; dense
+// ones wait for memory, and one stream is read faster than several.
+template <class Source, int tokens>
+constexpr int rows_together = Source::dense || tokens > 2 ? 1 : most_rows / tokens > 1 ? most_rows / tokens : 1;
+
+constexpr double sparse_below = 0.45;  // the density below which arithmetic takes longer than memory
+
+template <class Source, int tokens, int n>
+int64_t rows_side_by_side(const LinearJob& job, int64_t begin, int64_t end) {
+  const int64_t row_bytes = Source::row_bytes(job), group_bytes = n * row_bytes + 1;
+  const int64_t rows_ahead = (far_bytes + group_bytes - 1) / group_bytes * n;
+  const Ahead ahead{rows_ahead * row_bytes, rows_ahead * ((job.cols + 7) / 8)};
+  for (; begin + n <= end; begin += n) whole_rows<Source, tokens, n>(job, begin, ahead);
+  return begin;
+}
+
 template <class Source, int tokens>
 void rows_at_once(const LinearJob& job, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    Source source(job, row);
-    Sums<tokens> all;
-    all.clear();
-    all.add_cols(source, job.x, job.tokens * step_cols, job.cols);
-    finish_row(job, row, all);
-  }
+  constexpr int n = rows_together<Source, tokens>, half = n > 1 ? n / 2 : 1;
+  const bool sparse = static_cast<double>(Source::row_bytes(job)) <
+                      sparse_below * static_cast<double>(job.cols) * Source::weight_bytes;
+  if (n > half && sparse) begin = rows_side_by_side<Source, tokens, n>(job, begin, end);
+  if (half > 1) begin = rows_side_by_side<Source, tokens, half>(job, begin, end);
+  rows_side_by_side<Source, tokens, 1>(job, begin, end);
+}
+
+// The columns [k, k + cols) of n rows, whose state lies in memory from one chunk to the next.
+template <int n, class Source, int tokens>
+GOSSAMER_INLINE void chunk_of_rows(const LinearJob& job, Source* sources, Sums<tokens>* all, int64_t k, int64_t cols,
+                                   const Ahead& ahead) {
+  Source here[n];
+  Sums<tokens> sums_here[n];
+  GOSSAMER_UNROLL
+  for (int r = 0; r < n; ++r) here[r] = sources[r], sums_here[r] = all[r];
+  add_cols<n>(here, sums_here, job.x + k * job.tokens, job.tokens * step_cols, cols, ahead);
+  GOSSAMER_UNROLL
+  for (int r = 0; r < n; ++r) sources[r] = here[r], all[r] = sums_here[r];
 }
 
 template <class Source, int tokens>
 void rows_in_chunks(const LinearJob& job, int64_t begin, int64_t end) {
   constexpr int64_t chunk = chunk_cols<tokens>;
+  constexpr int n = rows_together<Source, tokens>;
+  const Ahead ahead{Source::row_bytes(job) * chunk / (job.cols ? job.cols : 1), chunk / 8};
   Source sources[tile_rows];
   Sums<tokens> all[tile_rows];
   for (; begin < end; begin += tile_rows) {
-    const int n = static_cast<int>(end - begin < tile_rows ? end - begin : tile_rows);
-    for (int r = 0; r < n; ++r) {
+    const int tile = static_cast<int>(end - begin < tile_rows ? end - begin : tile_rows);
+    for (int r = 0; r < tile; ++r) {
       sources[r] = Source(job, begin + r);
       all[r].clear();
     }
-    for (int64_t k = 0; k < job.cols; k += chunk)
-      for (int r = 0; r < n; ++r) {
-        Sums<tokens> here = all[r];
-        here.add_cols(sources[r], job.x + k * job.tokens, job.tokens * step_cols,
-                      job.cols - k < chunk ? job.cols - k : chunk);
-        all[r] = here;
-      }
-    for (int r = 0; r < n; ++r) finish_row(job, begin + r, all[r]);
+    for (int64_t k = 0; k < job.cols; k += chunk) {
+      const int64_t cols = job.cols - k < chunk ? job.cols - k : chunk;
+      int r = 0;
+      for (; r + n <= tile; r += n) chunk_of_rows<n>(job, sources + r, all + r, k, cols, ahead);
+      for (; r < tile; ++r) chunk_of_rows<1>(job, sources + r, all + r, k, cols, ahead);
+    }
+    for (int r = 0; r < tile; ++r) finish_row(job, begin + r, all[r]);
   }
 }
 

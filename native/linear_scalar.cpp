@@ -5,7 +5,7 @@
 namespace gossamer {
 namespace {
 
-constexpr int lanes = 8, group = 2;
+constexpr int lanes = 8, group = 2, most_rows = 1;
 
 struct Vec {
   float lane[lanes];

@@ -228,7 +228,7 @@ def _in_and_out(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, int, i
     shape = x.shape
     if shape[-1] != cols:
         raise ValueError(f"x has {shape[-1]} features in its last dimension, the weight takes {cols}")
-    y = x.new_empty((*shape[:-1], rows))
+    y = x.new_empty(*shape[:-1], rows)  # spread out: a tuple takes half as long again
     if cols and x.is_contiguous():
         tokens, stride = x.numel() // cols, cols
     else:
