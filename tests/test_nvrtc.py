@@ -233,19 +233,39 @@ def test_pointers_come_first() -> None:
         nvrtc.Function("scale.cuh", "scale", "PiP")
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    """Through the native module, and without it through ctypes; the driver is a function of ours."""
+    ct, seen = nvrtc.ctypes, []
+    numbers = [ct.c_uint] * 7
+
+    @ct.CFUNCTYPE(ct.c_int, ct.c_void_p, *numbers, ct.c_void_p, ct.c_void_p, ct.c_void_p)
+    def entry(*args: object) -> int:
+        seen.append(args)
+        return 7
+
+    class Driver:
+        cuLaunchKernel = entry
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    monkeypatch.setattr(nvrtc.native, "available", lambda: built)
+    high = 0x7FFF_1234_5678_9AB0  # an address that no 32-bit argument holds
+    wanted = (high, 65535, 2, 3, 128, 4, 5, 98304, high + 16, high + 32)
+    assert nvrtc._launcher.__wrapped__()(*wanted) == 7
+    assert seen == [(*wanted, None)]
+
+
 def test_a_gpu_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Driver:
-        def cuLaunchKernel(self, *_: object) -> int:
-            return 46  # CUDA_ERROR_DEVICE_UNAVAILABLE
-
         def cuGetErrorString(self, error: int, text: object) -> int:
             return 0
 
     monkeypatch.setattr(nvrtc, "_driver", Driver)
+    monkeypatch.setattr(nvrtc, "_launcher", lambda: lambda *_: 46)  # CUDA_ERROR_DEVICE_UNAVAILABLE
     monkeypatch.setattr(nvrtc, "_current_device", lambda: -1)
     monkeypatch.setattr(nvrtc, "_current_stream", lambda device: 0)
     function = nvrtc.Function("scale.cuh", "scale", "P")
-    function._handles[-1] = nvrtc.ctypes.c_void_p(1)
+    function._handles[-1] = 1
     with pytest.raises(nvrtc.LaunchError, match="CUDA error 46, .*fix: start a new process"):
         function.launch((1, 1, 1), (1, 1, 1), torch.zeros(1))
 

@@ -95,6 +95,21 @@ def sum_words(buffer: int, bytes: int, threads: int) -> int:
 def move_to_huge_pages(begin: int, bytes: int) -> bool:
     """Moves memory onto huge pages without changing its address; False where the system would not."""
 
+def cuda_launch(
+    launch: int,
+    function: int,
+    gx: int,
+    gy: int,
+    gz: int,
+    bx: int,
+    by: int,
+    bz: int,
+    shared: int,
+    stream: int,
+    parameters: int,
+) -> int:
+    """cuLaunchKernel, which lies at the address `launch`; its error, 0 if none."""
+
 def threads_of() -> str:
     """
     Whose threads do the work: openmp (those of torch) or threads (made for the call).

@@ -17,7 +17,8 @@ _failure: ImportError | None = None
 try:
     from gossamer import _native as _built
 except ImportError as error:
-    _built, _failure = None, error
+    # Without its traceback, which would keep alive whatever the importer held.
+    _built, _failure = None, error.with_traceback(None)
 
 DTYPES = frozenset(
     {

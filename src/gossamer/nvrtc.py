@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import machine
+from . import machine, native
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 OLDEST = (8, 0)
@@ -41,7 +41,7 @@ EXTRA = "fix: pip install 'gossamer[cuda]'"
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _DIGEST = hashlib.sha256().digest_size
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not touched the GPU yet
-_pointer, _address = ctypes.c_void_p, torch.Tensor.data_ptr
+_address = torch.Tensor.data_ptr
 # What torch's own generated code calls; a build without CUDA lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
@@ -62,7 +62,7 @@ class _Frame(NamedTuple):
     """The parameters of one launch, where the driver reads them."""
 
     fill: Callable[..., None]
-    pointers: ctypes.c_void_p
+    pointers: int
     memory: tuple[Any, Any]
 
 
@@ -73,7 +73,7 @@ def _frame(args: str) -> _Frame:
     starts = [struct.calcsize(f"{args[:i]}0{a}") for i, a in enumerate(args)]
     table = (ctypes.c_void_p * len(args))(*[ctypes.addressof(buffer) + start for start in starts])
     fill = partial(layout.pack_into, buffer, 0)
-    return _Frame(fill, _pointer(ctypes.addressof(table)), (buffer, table))
+    return _Frame(fill, ctypes.addressof(table), (buffer, table))
 
 
 class Function:
@@ -92,7 +92,7 @@ class Function:
         if args[: self._pointers].strip("P"):
             raise ValueError(f"{file}:{entry}: `args` is {args!r}, pointers must come first")
         self.macros = tuple(sorted((name, str(value)) for name, value in (macros or {}).items()))
-        self._handles: dict[int, ctypes.c_void_p] = {}
+        self._handles: dict[int, int] = {}
         self._frames: list[_Frame] = []
 
     def __repr__(self) -> str:
@@ -117,16 +117,16 @@ class Function:
         except IndexError:
             frame = _frame(self.args)
         frame.fill(*map(_address, args[: self._pointers]), *args[self._pointers :])  # type: ignore[arg-type]
-        stream, launch = _pointer(_current_stream(device)), _driver().cuLaunchKernel
-        error = launch(handle, *grid, *block, shared, stream, frame.pointers, None)
+        stream, launch = _current_stream(device), _launcher()
+        error = launch(handle, *grid, *block, shared, stream, frame.pointers)
         if error == _NO_CONTEXT:
             _enter(device)
-            error = launch(handle, *grid, *block, shared, stream, frame.pointers, None)
+            error = launch(handle, *grid, *block, shared, stream, frame.pointers)
         self._frames.append(frame)
         if error:
             raise LaunchError(f"{self!r}: grid {grid}, block {block}, {shared} bytes shared: {_explain(error)}")
 
-    def _load(self, device: int) -> ctypes.c_void_p:
+    def _load(self, device: int) -> int:
         """The driver's handle of this function on one device."""
         if device < 0:
             raise LaunchError(f"{self!r} needs a tensor on a GPU as its first argument; fix: move it there")
@@ -136,7 +136,7 @@ class Function:
                 self._handles[device] = _uncaptured(self._find, device)
             return self._handles[device]
 
-    def _find(self, device: int) -> ctypes.c_void_p:
+    def _find(self, device: int) -> int:
         from cuda.bindings import driver  # type: ignore[attr-defined]
 
         library = _library(self.file, self.macros, arch(device))
@@ -147,7 +147,7 @@ class Function:
         if self.shared > STATIC_SHARED:
             most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _checked(driver.cuFuncSetAttribute(function, most, self.shared), self)
-        return _pointer(int(function))
+        return int(function)
 
 
 def refusal(device: torch.device) -> str | None:
@@ -304,8 +304,19 @@ def _core() -> _Core:
 
 
 @cache
+def _launcher() -> Callable[..., int]:
+    """(function, grid, block, shared, stream, pointers) -> error. Of ready pointers: that costs less than cuda.core."""
+    entry = _driver().cuLaunchKernel
+    if native.available():
+        return partial(native.require().cuda_launch, ctypes.cast(entry, ctypes.c_void_p).value)
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    entry.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    return lambda *args: entry(*args, None)
+
+
+@cache
 def _driver() -> ctypes.CDLL:
-    """The CUDA driver. A launch through ctypes, of ready pointers, costs less than one through cuda.core."""
+    """The CUDA driver."""
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
@@ -336,7 +347,7 @@ def _context(device: int) -> Any:
     return _checked(driver.cuDevicePrimaryCtxRetain(device), f"GPU {device}")
 
 
-def _uncaptured(find: Callable[[int], ctypes.c_void_p], device: int) -> ctypes.c_void_p:
+def _uncaptured(find: Callable[[int], int], device: int) -> int:
     """`find(device)`, allowed to load code while this thread captures a CUDA graph."""
     from cuda.bindings import driver  # type: ignore[attr-defined]
 
