@@ -31,8 +31,9 @@ class CoSpaDi(Method):
 
     `side`: "short" puts the dictionary on the short side of the weight, "in" on the inputs always, as the paper does.
     `codes`: "bitmask" or "nm24". `solver`: "fast" (`_dictionary`, `_outer`) or "ksvd" (the paper's, `_ksvd`).
-    `iterations`: alternations, None for the solver's own (30 fast, 60 ksvd); `procrustes` rounds before them and
-    conjugate gradient `steps` in each belong to the fast solver.
+    `iterations`: alternations, None for the solver's own (30 fast, 120 for 2:4 codes, whose supports settle slowly, 60
+    ksvd); `procrustes` rounds before them and conjugate gradient `steps` in each (None: 3, for 2:4 codes 6) belong to
+    the fast solver.
     """
 
     rho: float = 3.0
@@ -42,7 +43,7 @@ class CoSpaDi(Method):
     solver: str = "fast"
     iterations: int | None = None
     procrustes: int = 10
-    steps: int = 3
+    steps: int | None = None
     dtype: str = "bfloat16"
 
     name: ClassVar[str] = "cospadi"
@@ -68,7 +69,7 @@ class CoSpaDi(Method):
 
     def _flops(self, b: _Budget) -> float:
         """The products of one alternation, times 3 for what is not a product; K-SVD's sweep and pursuit by atoms."""
-        m, w, k, steps = b.rows, b.width, b.k, self.steps
+        m, w, k, steps = b.rows, b.width, b.k, self._steps
         if self.solver == "ksvd":
             return self._rounds * (2.0 * m * b.s * (k * k + b.s * b.s) + 40.0 * k * m * w)
         if b.outer:
@@ -115,7 +116,7 @@ class CoSpaDi(Method):
         if self.solver == "ksvd":
             return _ksvd.learn(a, k, s, self._rounds)
         select = self._select(lambda scores: patterns.top_per_row(scores, s))
-        return _dictionary.learn(a, k, select, self._rounds, self.procrustes, self.steps)
+        return _dictionary.learn(a, k, select, self._rounds, self.procrustes, self._steps)
 
     def _on_outputs(self, rows: list[Tensor], stats: Sequence[Stats], budget: _Budget) -> list[Pair]:
         grams = [s.damped() for s in stats]
@@ -124,7 +125,8 @@ class CoSpaDi(Method):
         w = torch.stack([(r * d).float() for r, d in zip(rows, sizes, strict=True)])
         gram = torch.stack([(g / d / d[:, None]).float() for g, d in zip(grams, sizes, strict=True)])
         select = self._select(lambda scores: patterns.top_per_row(scores.mT, budget.s).mT)
-        atoms, codes = _outer.learn(w, gram, budget.k, select, self._rounds, self.steps)
+        strides = _outer.PATTERN if self.codes == "nm24" else _outer.FREE
+        atoms, codes = _outer.learn(w, gram, budget.k, select, self._rounds, self._steps, strides)
         return [(u, s.double() / d) for u, s, d in zip(atoms, codes, sizes, strict=True)]
 
     def _select(self, free: _dictionary.Select) -> _dictionary.Select:
@@ -132,7 +134,13 @@ class CoSpaDi(Method):
 
     @property
     def _rounds(self) -> int:
-        return (60 if self.solver == "ksvd" else 30) if self.iterations is None else self.iterations
+        if self.iterations is not None:
+            return self.iterations
+        return 60 if self.solver == "ksvd" else 120 if self.codes == "nm24" else 30
+
+    @property
+    def _steps(self) -> int:
+        return self.steps if self.steps is not None else 6 if self.codes == "nm24" else 3
 
     def _budget(self, shapes: Sequence[Shape], ratio: float) -> _Budget:
         """The largest dictionary at this rho that fits, then the codes that fill what is left."""
