@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "per_matrix": ("cospadi", {"share": False}),
     "shared": ("cospadi", {"share": True}),
     "per_matrix_rho2": ("cospadi", {"share": False, "rho": 2.0}),
+    # Free codes with the rounds that 2:4 ones get, which by themselves they do not.
+    "per_matrix_rho2_long": ("cospadi", {"share": False, "rho": 2.0, "iterations": 120, "steps": 6}),
     "2:4": ("cospadi", {"share": False, "codes": "nm24"}),
     "shared_rho2": ("cospadi", {"share": True, "rho": 2.0}),
     "shared_2:4": ("cospadi", {"share": True, "codes": "nm24"}),

@@ -31,9 +31,8 @@ class CoSpaDi(Method):
 
     `side`: "short" puts the dictionary on the short side of the weight, "in" on the inputs always, as the paper does.
     `codes`: "bitmask" or "nm24". `solver`: "fast" (`_dictionary`, `_outer`) or "ksvd" (the paper's, `_ksvd`).
-    `iterations`: alternations, None for the solver's own (30 fast, 120 for 2:4 codes, whose supports settle slowly, 60
-    ksvd); `procrustes` rounds before them and conjugate gradient `steps` in each (None: 3, for 2:4 codes 6) belong to
-    the fast solver.
+    `iterations`: alternations (None: 30; 60 for ksvd). `procrustes` rounds before them (None: 10) and conjugate gradient
+    `steps` in each (None: 3) belong to the fast solver. The supports of 2:4 codes settle slowly: 120, 40 and 6.
     """
 
     rho: float = 3.0
@@ -42,7 +41,7 @@ class CoSpaDi(Method):
     codes: str = "bitmask"
     solver: str = "fast"
     iterations: int | None = None
-    procrustes: int = 10
+    procrustes: int | None = None
     steps: int | None = None
     dtype: str = "bfloat16"
 
@@ -116,7 +115,7 @@ class CoSpaDi(Method):
         if self.solver == "ksvd":
             return _ksvd.learn(a, k, s, self._rounds)
         select = self._select(lambda scores: patterns.top_per_row(scores, s))
-        return _dictionary.learn(a, k, select, self._rounds, self.procrustes, self._steps)
+        return _dictionary.learn(a, k, select, self._rounds, self._starts, self._steps)
 
     def _on_outputs(self, rows: list[Tensor], stats: Sequence[Stats], budget: _Budget) -> list[Pair]:
         grams = [s.damped() for s in stats]
@@ -137,6 +136,10 @@ class CoSpaDi(Method):
         if self.iterations is not None:
             return self.iterations
         return 60 if self.solver == "ksvd" else 120 if self.codes == "nm24" else 30
+
+    @property
+    def _starts(self) -> int:
+        return self.procrustes if self.procrustes is not None else 40 if self.codes == "nm24" else 10
 
     @property
     def _steps(self) -> int:
