@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gossamer.formats.bitmask import Bitmask
-from gossamer.kernels.cuda_lscd import CudaLscd, best_cut, gpu, launch, work_of
+from gossamer.kernels._lscd_cut import best_cut
+from gossamer.kernels.cuda_lscd import CudaLscd, gpu, launch, work_of
 from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -62,7 +63,20 @@ def banded(m: int, k: int, sparsity: float) -> Tensor:
     return torch.randn(m, k, device="cuda", dtype=torch.bfloat16) * keep
 
 
-MASKS: dict[str, Callable[[int, int, float], Tensor]] = {"row-skewed": skewed, "16x16 blocks": blocks, "banded": banded}
+def two_of_four(m: int, k: int, sparsity: float) -> Tensor:
+    """The two largest of each four at 50 %, and a share of them beyond."""
+    a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    fours = a.view(-1, 4)
+    keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, fours.abs().topk(2, 1).indices, True).view(m, k)
+    return a * (keep & (torch.rand(m, k, device="cuda") < 2 * (1 - sparsity)))
+
+
+MASKS: dict[str, Callable[[int, int, float], Tensor]] = {
+    "2:4": two_of_four,
+    "row-skewed": skewed,
+    "16x16 blocks": blocks,
+    "banded": banded,
+}
 
 
 def timed(calls: Sequence[Call], replays: int = 7) -> tuple[float, float]:
@@ -139,6 +153,7 @@ class Bench:
             line |= {"unit": "us", "ratio": base / us, "spread": spread, "gb_per_s": packed.nbytes / us / 1e3}
             floor = (a.numel() / 8 + 2 * float(a.count_nonzero())) / BANDWIDTH
             line |= {"roofline_share": floor / us, "cut": list(best_cut(work_of(n, packed.meta), gpu(0)))}
+            line |= {"items": "words" if packed.meta["words"] else "halves"}
             append(self.path, line | environment("cuda"))
             if "variant" not in case:
                 self.ratios.setdefault((case["sparsity"], n), []).append(base / us)
@@ -158,9 +173,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="indices")
     parser.add_argument("--sparsities", type=float, nargs="*", default=list(MUST))
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 16, 32, 64])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 16, 32, 64, 128])
     parser.add_argument("--masks", nargs="*", default=list(MASKS), help="beside uniform ones, at 8192 x 8192")
     args = parser.parse_args()
+    args.tokens = [n for n in args.tokens if n <= gpu(0).tokens]  # more take several launches
     torch.manual_seed(0)
     bench = Bench(args.out / "lscd.jsonl", args.tokens)
     for shape in [SHAPES[i] for i in args.shapes]:

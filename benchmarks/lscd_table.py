@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
-TOKENS = (1, 8, 16, 32, 64)
+TOKENS = (1, 8, 16, 32, 64, 128)
 HEAD = "| " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |"
 
 

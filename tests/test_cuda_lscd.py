@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from gossamer import nvrtc
 from gossamer.formats.bitmask import Bitmask
-from gossamer.kernels import Case, KernelError, cuda_lscd
-from gossamer.kernels._lscd_pack import DEPTH, HEAD, LINE, pack_matrix, unpack_matrix
-from gossamer.kernels.cuda_lscd import CudaLscd, Cut, Gpu, Work
+from gossamer.kernels import Case, KernelError, _lscd_cut, cuda_lscd
+from gossamer.kernels._lscd_cut import Cut, Gpu, Work
+from gossamer.kernels._lscd_pack import DEPTH, LINE, head_bytes, pack_matrix, share_of_items, unpack_matrix
+from gossamer.kernels.cuda_lscd import CudaLscd
 
-H100 = Gpu(132, 232448, True)
-SMALL = Gpu(84, 101376, False)
+H100 = Gpu(132, 232448, True, True)
+SMALL = Gpu(84, 101376, False, False)
+BLACKWELL = Gpu(148, 232448, True, False)
 SHAPES = [(1, 1), (7, 24), (16, 256), (33, 257), (64, 1000), (100, 513)]
 DTYPES = cuda_lscd.DTYPES
 
@@ -25,76 +28,104 @@ def row_skewed(m: int, k: int) -> Tensor:
     return (torch.randn(m, k) * (torch.rand(m, k) < torch.linspace(0, 1, m).unsqueeze(1))).bfloat16()
 
 
-def round_trip(a: Tensor) -> Tensor:
-    stages, offsets, _ = pack_matrix(a)
-    return unpack_matrix(stages, offsets, (a.shape[0], a.shape[1]), a.dtype)
+def round_trip(a: Tensor, words: bool) -> Tensor:
+    stages, offsets, _ = pack_matrix(a, words)
+    return unpack_matrix(stages, offsets, (a.shape[0], a.shape[1]), a.dtype, words)
 
 
+ITEMS = pytest.mark.parametrize("words", [False, True], ids=["halves", "words"])
+
+
+@ITEMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("density", [0, 0.05, 0.3, 0.5, 0.9, 1])
-def test_the_streams_of_every_lane_lead_to_the_values(shape: tuple[int, int], density: float, dtype) -> None:
+def test_the_streams_of_every_lane_lead_to_the_values(shape: tuple[int, int], density: float, dtype, words) -> None:
     a = sparse(*shape, density, dtype)
-    assert torch.equal(round_trip(a), a)
+    assert torch.equal(round_trip(a, words), a)
 
 
-def test_rows_of_unequal_density() -> None:
+@ITEMS
+def test_rows_of_unequal_density(words: bool) -> None:
     a = row_skewed(70, 700)
-    assert torch.equal(round_trip(a), a)
+    assert torch.equal(round_trip(a, words), a)
 
 
-def test_special_values() -> None:
+@ITEMS
+def test_special_values(words: bool) -> None:
     a = sparse(20, 300, 0.5)
     a[0, 0], a[17, 299], a[3, 40], a[4, 41] = math.nan, math.inf, -math.inf, -0.0
-    found = round_trip(a)
+    found = round_trip(a, words)
     assert torch.equal(found.nan_to_num(7.0), a.nan_to_num(7.0))
     assert found[0, 0].isnan() and not found[4, 41].signbit()
 
 
-def test_several_chunks_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@ITEMS
+def test_several_chunks_are_as_one(monkeypatch: pytest.MonkeyPatch, words: bool) -> None:
     a = sparse(200, 600, 0.4)
-    whole = pack_matrix(a)
+    whole = pack_matrix(a, words)
     monkeypatch.setattr("gossamer.kernels._lscd_pack.CHUNK", 32 * DEPTH)
-    parts = pack_matrix(a)
+    parts = pack_matrix(a, words)
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1]) and whole[2] == parts[2]
 
 
-def test_room_is_that_of_the_largest() -> None:
+@ITEMS
+def test_room_is_that_of_the_largest(words: bool) -> None:
     a = row_skewed(64, 512)
-    stages, offsets, (one, two) = pack_matrix(a)
+    stages, offsets, (one, two) = pack_matrix(a, words)
     sizes = offsets.diff() * LINE
     assert one == int(sizes.max()) and two == int(sizes.view(-1, 2).sum(1).max())
     assert stages.numel() == int(offsets[-1]) * LINE
-    assert int(sizes.min()) >= HEAD
+    assert int(sizes.min()) >= head_bytes(words)
 
 
 def test_little_is_padding() -> None:
     for density, most in ((0.5, 1.11), (0.2, 1.25), (0.1, 1.40)):
         a = sparse(512, 2048, density)
         ideal = a.numel() / 8 + 2 * int(a.count_nonzero())
-        assert pack_matrix(a)[0].numel() < most * ideal
+        assert pack_matrix(a, False)[0].numel() < most * ideal
+    _, registers = share_of_items(a)
+    assert pack_matrix(a, True)[0].numel() < 1.25 * a.numel() * (1 / 16 + 2 * registers)
 
 
-@pytest.mark.parametrize("device", [H100, SMALL], ids=["H100", "small"])
+def test_shares_of_values_and_registers() -> None:
+    a = torch.tensor([[1.0, 2, 0, 0, 0, 3, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0]])
+    assert share_of_items(a) == (4 / 16, 3 / 8)
+    assert share_of_items(torch.ones(1, 3)) == (1, 1)
+
+
+def test_blocks_and_few_values_are_packed_by_register() -> None:
+    blocks = (torch.rand(16, 32) < 0.5).repeat_interleave(16, 0).repeat_interleave(16, 1).bfloat16()
+    for a, words in ((blocks, True), (sparse(256, 512, 0.5), False), (sparse(256, 512, 0.05), True)):
+        assert CudaLscd.pack(Bitmask.encode(a), torch.bfloat16).meta["words"] == words
+
+
+@pytest.mark.parametrize("device", [H100, SMALL, BLACKWELL], ids=["H100", "small", "Blackwell"])
 @pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(1, 8), (4096, 4096), (300, 70000), (128256, 4096)], ids=str)
 def test_every_cut_fits(shape: tuple[int, int], density: float, device: Gpu) -> None:
-    room = HEAD + int(64 * density) * LINE
-    for tiles in cuda_lscd.TILES:
-        work = Work(shape[0], -(-shape[1] // DEPTH), (room, 2 * room), room, tiles)
-        best = cuda_lscd.best_cut(work, device)
+    room = head_bytes(False) + int(64 * density) * LINE
+    for tiles in _lscd_cut.TILES[: 5 if device.wgmma else 4]:
+        work = Work(shape[0], -(-shape[1] // DEPTH), (room, 2 * room), room, tiles, False)
+        best = _lscd_cut.best_cut(work, device)
         assert device.clusters or best.cluster == 1
+        assert device.wgmma or best.team == 1
         assert work.shared(best) <= device.shared
-        assert 32 * (best.warps + 1) <= cuda_lscd.THREADS[best.pair][tiles]
-        assert best.x_ring >= best.split and best.warps * best.ring <= 192 and best.x_ring <= 32
+        assert 32 * (best.warps + _lscd_cut.X_WARPS[best.team]) <= _lscd_cut.THREADS[best.team, best.pair][tiles]
+        assert best.x_ring >= best.split * _lscd_cut.X_PER_STAGE[best.team]
+        assert best.warps * best.ring <= 191 and best.x_ring <= 32
         assert work.panels(best) * best.pair * best.high * 16 >= shape[0]
 
 
-def test_the_variants_have_every_macro_and_both_dtypes_of_both_pairs() -> None:
+def test_the_variants_have_every_macro_and_both_of_each() -> None:
     found = [dict(f.macros) for f in cuda_lscd.VARIANTS]
-    assert {(m["TILES"], m["PAIR"]) for m in found} == {(str(t), p) for t in cuda_lscd.TILES for p in "12"}
-    assert {(m["BF16"], m["PAIR"]) for m in found} == {(b, p) for b in "01" for p in "12"}
-    assert {m["CLUSTER"] for m in found} == {"1", "2"}
+    kinds = {(m["TEAM"], m["PAIR"], m["TILES"]) for m in found}
+    assert kinds == {(str(team), str(pair), str(t)) for (team, pair), most in _lscd_cut.THREADS.items() for t in most}
+    for macro in ("BF16", "WORDS"):
+        assert {(m[macro], m["TEAM"], m["PAIR"]) for m in found} == {
+            (value, str(team), str(pair)) for value in "01" for team, pair in _lscd_cut.THREADS
+        }
+    assert {m["CLUSTER"] for m in found} == {"1", "2", "4"}
 
 
 def test_refusals() -> None:
@@ -109,10 +140,10 @@ def test_refusals() -> None:
         CudaLscd.pack(Bitmask.encode(sparse(16, 32, 0.5)), torch.float32)
 
 
-def check(a: Tensor, x: Tensor, bias: Tensor | None, cut: Cut | None = None) -> None:
+def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | None = None) -> None:
     a, x = a.cuda(), x.cuda()
     bias = None if bias is None else bias.cuda()
-    packed = CudaLscd.pack(Bitmask.encode(a), x.dtype)
+    packed = cuda_lscd.pack_dense(a, words)
     if cut is None:
         y = CudaLscd.run(x, packed.tensors, packed.meta, bias)
     else:
@@ -121,27 +152,72 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None, cut: Cut | None = None) -> 
     expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
     error = float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     # A single result is rounded by up to 2^-8 (bfloat16) or 2^-11; many, by less than 2e-3 on average.
-    assert error < (4e-3 if x.dtype == torch.bfloat16 else 5e-4)
+    assert error < (4e-3 if x.dtype == torch.bfloat16 else 5e-4), f"{error:.1e} with {cut}"
 
 
 @pytest.mark.gpu
+@ITEMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (300, 1001), (1024, 4096)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 8, 13, 32, 64, 70])
-def test_products(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [1, 8, 13, 32, 64, 70, 256])
+def test_products(shape: tuple[int, int], tokens: int, dtype: torch.dtype, words: bool) -> None:
     for density in (0, 0.1, 0.5, 1):
         a, x = sparse(*shape, density, dtype), torch.randn(tokens, shape[1]).to(dtype)
-        check(a, x, torch.randn(shape[0]).to(dtype) if tokens % 2 else None)
+        check(a, x, torch.randn(shape[0]).to(dtype) if tokens % 2 else None, words)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [3, 16, 32, 64])
-def test_every_kind_of_cut_computes_the_same(tokens: int) -> None:
-    a, x = row_skewed(500, 2312), torch.randn(tokens, 2312).bfloat16()
-    meta = CudaLscd.pack(Bitmask.encode(a.cuda()), x.dtype).meta
-    found = list(cuda_lscd.cuts(cuda_lscd.work_of(tokens, meta), cuda_lscd.gpu(0)))
-    for cut in found[:: max(1, len(found) // 30)]:
-        check(a, x, None, cut)
+@ITEMS
+@pytest.mark.parametrize("wgmma", [True, False], ids=["", "without wgmma"])
+@pytest.mark.parametrize("tokens", [3, 16, 32, 64, 99])
+def test_every_kind_of_cut_computes_the_same(tokens: int, wgmma: bool, words: bool) -> None:
+    device = cuda_lscd.gpu(0)
+    device = device._replace(wgmma=wgmma and device.wgmma)
+    a, x = row_skewed(500, 2312), torch.randn(min(tokens, device.tokens), 2312).bfloat16()
+    meta = cuda_lscd.pack_dense(a, words).meta
+    found: dict[tuple[int, ...], list[Cut]] = {}
+    for cut in _lscd_cut.cuts(cuda_lscd.work_of(len(x), meta), device):
+        found.setdefault((cut.team, cut.pair, cut.cluster), []).append(cut)
+    for alike in found.values():
+        for cut in alike[:: max(1, len(alike) // 7)]:
+            check(a, x, None, words, cut)
+
+
+def ptx(file: str, macros: dict, _arch: str) -> bytes:
+    """A device source for a GPU of 2020, in a form that the driver of any later one translates."""
+    from cuda.bindings import nvrtc as compiler  # type: ignore[attr-defined]
+
+    _, program = compiler.nvrtcCreateProgram(nvrtc.read(file).encode(), file.encode(), 0, [], [])
+    options = [b"--gpu-architecture=compute_80", *(f"-D{name}={value}".encode() for name, value in macros.items())]
+    (error,) = compiler.nvrtcCompileProgram(program, len(options), options)
+    assert not error
+    _, size = compiler.nvrtcGetPTXSize(program)
+    text = bytearray(size)
+    compiler.nvrtcGetPTX(program, text)
+    return bytes(text)
+
+
+def test_the_source_for_older_gpus_copies_without_the_bulk_engine() -> None:
+    found = [ptx(f.file, dict(f.macros), "") for f in cuda_lscd.VARIANTS if dict(f.macros)["TEAM"] == "1"]
+    assert all(b"cp.async.cg" in text and b"cp.async.bulk" not in text and b"cluster" not in text for text in found)
+
+
+@pytest.mark.gpu
+@ITEMS
+@pytest.mark.parametrize("tokens", [5, 16, 32, 64])
+def test_the_path_of_older_gpus(tokens: int, words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "compile", ptx)
+    monkeypatch.setattr(nvrtc, "_library", nvrtc._library.__wrapped__)
+    monkeypatch.setattr(cuda_lscd, "function", cuda_lscd.function.__wrapped__)
+    device = cuda_lscd.gpu(0)._replace(clusters=False, wgmma=False, shared=99 << 10)
+    monkeypatch.setattr(cuda_lscd, "gpu", lambda index: device)
+    check(row_skewed(500, 2312), torch.randn(tokens, 2312).bfloat16(), torch.randn(500).bfloat16(), words)
+
+
+@pytest.mark.gpu
+def test_packing_of_a_stack_is_a_stack() -> None:
+    parts, x = [sparse(m, 520, 0.4) for m in (64, 40, 8)], torch.randn(9, 520).bfloat16()
+    check(torch.cat(parts), x, None, False)
 
 
 @pytest.mark.gpu
@@ -191,5 +267,6 @@ def test_nan_in_x_comes_out() -> None:
 @pytest.mark.gpu
 def test_packing_is_the_same_on_both_devices() -> None:
     a = row_skewed(100, 1000)
-    for here, there in zip(pack_matrix(a)[:2], pack_matrix(a.cuda())[:2], strict=True):
-        assert torch.equal(here, there.cpu())
+    for words in (False, True):
+        for here, there in zip(pack_matrix(a, words)[:2], pack_matrix(a.cuda(), words)[:2], strict=True):
+            assert torch.equal(here, there.cpu())
