@@ -34,7 +34,11 @@ def matrices(draw: st.DrawFn, rows: int = 33, cols: int = 70) -> Tensor:
 
 
 def holdable(name: str, a: Tensor) -> Tensor:
-    """What is left of `a` in a format that cannot hold everything."""
+    """What is left of `a` in a format that cannot hold everything: of one that rounds, what it does not round."""
+    if name == "bsr_int8":
+        q = (a.float() * 40).round().clamp(-127, 127)
+        full = q.abs() == q.abs().amax(1, keepdim=True) if q.numel() else q.bool()
+        return torch.where(full & (q != 0), q.sign() * 127, q).to(a.dtype)  # then the scale of a row is 1
     return torch.where(patterns.nm(a.float().abs()), a, 0) if name == "nm24" else a
 
 
@@ -79,7 +83,7 @@ def test_duplicates_are_summed_and_stored_zeros_dropped(name: str) -> None:
     cls = formats.registry[name]
     for a in (torch.sparse_coo_tensor(index, values, (3, 4)), scipy.sparse.coo_array((values, tuple(index)), (3, 4))):
         found = cls.encode(a)
-        assert torch.equal(found.decode(), expected)
+        torch.testing.assert_close(found.decode(), expected, rtol=0 if cls.exact else 1e-5, atol=0)
         assert [t.shape for t in found.tensors().values()] == [t.shape for t in cls.encode(expected).tensors().values()]
 
 
@@ -89,7 +93,7 @@ def test_special_values(name: str) -> None:
     a[0, 0], a[1, 4], a[2, 8] = math.nan, math.inf, -math.inf
     a[0, 4] = -0.0
     cls = formats.registry[name]
-    if name == "product":
+    if name in ("product", "bsr_int8"):
         with pytest.raises(FormatError, match="NaN or Inf"):
             cls.encode(a)
         return
@@ -216,7 +220,7 @@ def test_unknown_knobs_are_named(name: str) -> None:
 
 
 def test_unknown_names_list_what_there_is() -> None:
-    with pytest.raises(KeyError, match="unknown format 'csr'; there are: bitmask, dense"):
+    with pytest.raises(KeyError, match="unknown format 'csr'; there are: bitmask, bsr_int8, dense"):
         formats.registry["csr"]
     with pytest.raises(KeyError, match="unknown method 'prune'; there are: cospadi"):
         methods.registry["prune"]

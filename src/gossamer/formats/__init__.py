@@ -36,6 +36,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    exact: ClassVar[bool] = True  # False: it rounds, within the bound that its docstring gives
 
     @classmethod
     @abstractmethod

@@ -1,0 +1,121 @@
+// AMX: 16 outputs by 16 tokens by 64 channels an instruction, on x in the layout q, whose rows of four channels by 16
+// tokens are rows of a tile as they lie. Zeros are multiplied, too: gathering the channels that 16 rows have took
+// longer (docs/kernels/bsr_int8.md).
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#include <cpuid.h>
+
+#include "avx512.h"
+
+namespace gossamer::bsr {
+namespace {
+
+// Every tile has 16 rows of 64 bytes.
+struct alignas(64) Config {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// [row tiles][vectors][16 rows][16 tokens]
+template <int NB>
+struct Products {
+  alignas(64) int32_t sums[2][NB / 16][16][16];
+};
+
+// Two tiles of rows by vectors V and, unless there is but one, V + 1, all channels.
+template <int NB, int V>
+INLINE void multiply_vectors(const Panels& a, int64_t panel, const uint8_t* x, Products<NB>& p) {
+  const int8_t* weights = a.data + 2048 * a.chunks * panel;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t c = 0; c < a.chunks; ++c, weights += 2048) {
+    const uint8_t* quads = x + c * 64 * NB + 64 * V;
+    _tile_loadd(6, quads, 4 * NB);
+    _tile_loadd(4, weights, 64);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(5, weights + 1024, 64);
+    _tile_dpbsud(2, 5, 6);
+    if constexpr (NB > 16) {
+      _tile_loadd(7, quads + 64, 4 * NB);
+      _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(3, 5, 7);
+    }
+  }
+  _tile_stored(0, p.sums[0][V], 64);
+  _tile_stored(2, p.sums[1][V], 64);
+  if constexpr (NB > 16) {
+    _tile_stored(1, p.sums[0][V + 1], 64);
+    _tile_stored(3, p.sums[1][V + 1], 64);
+  }
+}
+
+template <int NB>
+INLINE void multiply(const Panels& a, int64_t panel, const uint8_t* x, Products<NB>& p) {
+  multiply_vectors<NB, 0>(a, panel, x, p);
+  if constexpr (NB == 64) multiply_vectors<NB, 2>(a, panel, x, p);
+}
+
+template <int NB>
+void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
+  Finish<NB, true> finish(a, x, out, b);
+  Products<NB> p;
+  multiply<NB>(a.panels, begin / panel_rows, x.data + block_start(x.layout, a.cols, b), p);
+  for (int64_t i = 0; begin + i < end; ++i) {
+    Sums<NB> s;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const __m512i start = finish.start(4 * (begin + i) + r);
+#pragma GCC unroll 4
+      for (int v = 0; v < NB / 16; ++v)
+        s.v[r][v] = _mm512_add_epi32(_mm512_load_si512(p.sums[i / 4][v][4 * (i % 4) + r]), start);
+    }
+    finish.tile(begin + i, s);
+    if (i % 4 == 3 || begin + i + 1 == end) finish.flush(begin + i);
+  }
+}
+
+bool ask() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  if (!(edx & tile) || !(edx & int8)) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool amx_usable() {
+  static const bool usable = ask();
+  return usable;
+}
+
+void amx_blocks(const Weights& a, const Input& x, const Output& out, const Range& range) {
+  const Config config;
+  _tile_loadconfig(&config);
+  const auto panel = [&](int64_t b, int64_t row) {
+    const int64_t width = width_of(x.tokens, b);
+    const auto run = width == 64 ? block<64> : width == 32 ? block<32> : block<16>;
+    run(a, x, out, b, row, std::min(range.row_end, row + panel_rows));
+  };
+  // Panels outside, so that all tokens meet one while it is in the cache; but row-major outputs are written whole.
+  if (out.layout == Layout::rows) {
+    for (int64_t b = range.token_begin; b < range.token_end; ++b)
+      for (int64_t row = range.row_begin; row < range.row_end; row += panel_rows) panel(b, row);
+  } else {
+    for (int64_t row = range.row_begin; row < range.row_end; row += panel_rows)
+      for (int64_t b = range.token_begin; b < range.token_end; ++b) panel(b, row);
+  }
+  _tile_release();
+}
+
+}  // namespace gossamer::bsr
