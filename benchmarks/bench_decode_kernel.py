@@ -25,7 +25,7 @@ from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.dense import Dense
 from gossamer.kernels.cpu_bitmask import CpuBitmask
 from gossamer.kernels.cpu_dense import CpuDense
-from gossamer.prepare import settled
+from gossamer.packs import settled
 from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"

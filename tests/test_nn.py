@@ -106,6 +106,7 @@ def test_opcheck(a: Format) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_compile_keeps_the_graph_whole(a: Format, bias: bool) -> None:
+    torch._dynamo.reset()  # or the formats before count as recompilations
     model = nn.Sequential(SparseLinear.from_format(a, torch.randn(M) if bias else None), nn.ReLU())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (3, 5):

@@ -2,6 +2,7 @@
 
 A layer that was prepared carries its choices in its layout string: per bucket of tokens a *way*, one step or (for a
 product) two, each a kernel, the tensors it packed and its constants. They are constants to torch.compile, too.
+A prepared layer may have let go of its stored tensors: then the layout says which step's operands they come back from.
 A layer that was not prepared takes what the lock file of this machine says about its shape, else the prediction that a
 kernel made for its format is faster than decoding; only kernels whose `pack` is nearly free come into question.
 GOSSAMER_KERNEL names a kernel for all matrices of the formats it runs; it is read when a layer first runs.
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import formats, lock
 from .formats import Format, Spec, dtype_name, dtype_of
+from .formats.dense import Dense
 from .formats.product import Product
 from .kernels import Case, Kernel, KernelError, reference, registry
 
@@ -48,18 +50,40 @@ class Step:
     def run(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return self._run(x, [parts[i] for i in self.at], self.meta, bias)
 
+    def unpack(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """The matrix, dense, if the kernel's operands hold it exactly."""
+        return registry[self.kernel].unpack([parts[i] for i in self.at], self.meta)
+
+    def moved(self, by: int) -> Step:
+        """The same among operands that begin `by` later."""
+        return Step(self.kernel, tuple(i - by for i in self.at), self.meta)
+
 
 Way = tuple[Step, ...]
 Ways = Sequence[tuple[int, Way]]  # (up to so many tokens, the way), ascending
 
 
-def to_layout(spec: Spec, dtype: torch.dtype | None = None, ways: Ways = ()) -> str:
-    """What the ops need to know of a layer: its spec, and its choices if there are any."""
+def to_layout(spec: Spec, dtype: torch.dtype | None = None, ways: Ways = (), source: Step | None = None) -> str:
+    """What the ops need to know of a layer: its spec, and its choices if there are any.
+
+    `source`: the step whose operands hold the matrix, of a layer without its stored tensors.
+    """
     if dtype is None:
         return json.dumps(spec, separators=(",", ":"), sort_keys=True)
-    steps = [[upto, [[s.kernel, s.at, s.meta] for s in way]] for upto, way in ways]
+    steps = [[upto, [_plain(s) for s in way]] for upto, way in ways]
     found = {"spec": spec, "dtype": dtype_name(dtype), "ways": steps}
+    if source is not None:
+        found["source"] = _plain(source)
     return json.dumps(found, separators=(",", ":"), sort_keys=True)
+
+
+def _plain(step: Step) -> list[Any]:
+    return [step.kernel, step.at, step.meta]
+
+
+def _step(plain: Sequence[Any]) -> Step:
+    kernel, at, meta = plain
+    return Step(kernel, tuple(at), meta)
 
 
 class Route:
@@ -68,15 +92,19 @@ class Route:
     def __init__(self, layout: str) -> None:
         found = json.loads(layout)
         self.spec: Spec = found.get("spec", found)
-        self.names = tuple(formats.layout(self.spec))
+        self.source = _step(found["source"]) if "source" in found else None
+        self.names = () if self.source else tuple(formats.layout(self.spec))
         self.dtype = dtype_of(found["dtype"]) if "ways" in found else None
-        steps = [(upto, tuple(Step(n, tuple(at), meta) for n, at, meta in way)) for upto, way in found.get("ways", ())]
-        self.ways: Ways = steps
+        self.ways: Ways = [(upto, tuple(_step(s) for s in way)) for upto, way in found.get("ways", ())]
         self.width: int = self.spec["shape"][1]
         self._chosen: dict[tuple[str, torch.device, torch.dtype, int], type[Kernel]] = {}
 
     def assemble(self, parts: Sequence[Tensor]) -> Format:
-        """The stored matrix; what was packed beside it is left out."""
+        """The stored matrix, or as a dense one what holds it; what was packed beside it is left out."""
+        if self.source:
+            dense = self.source.unpack(parts)
+            assert dense is not None
+            return Dense((dense.shape[0], dense.shape[1]), dense)
         return formats.from_spec(self.spec, dict(zip(self.names, parts, strict=False)))
 
     def linear(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -100,6 +128,11 @@ class Route:
         for name, factor, last in _factors(a):
             wide = self._run(name, wide, factor, tokens, bias if last else None)
         return wide.to(x.dtype)
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Are all kernels of the choices for this kind of device?"""
+        kernels = {s.kernel for _, way in self.ways for s in way}
+        return all(registry[k].device in ("any", device.type) for k in kernels)
 
     def way(self, tokens: int) -> Way:
         for upto, way in self.ways:

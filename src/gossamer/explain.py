@@ -42,6 +42,7 @@ class Row:
     stored: str  # format and shape
     together: int  # up to so many tokens they run in one call with their siblings (q, k and v); 0 if not
     copies: int  # bytes of dense copies and packed layouts beside the stored tensors, all layers together
+    held: int  # bytes of all that the layers keep
     cells: tuple[Cell, ...]
 
 
@@ -66,7 +67,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"x in {dtype_name(self.dtype)}; kernel and speedup over the best dense product per number of tokens"]
         for row in self.rows:
-            lines.append(f"{pattern(row.layers)}  {row.stored}, {row.copies / 1e6:.1f} MB beside it")
+            memory = f"{row.held / 1e6:.1f} MB, {row.copies / 1e6:.1f} MB more than stored"
+            lines.append(f"{pattern(row.layers)}  {row.stored}, {memory}")
             lines += [f"    {_range(span)}: {_shown(span)}" for span in _spans(row.cells)]
             if row.together:
                 lines.append(f"    up to {row.together} tokens in one call with the layers that read the same input")
@@ -108,7 +110,14 @@ def describe(model: nn.Module, dtype: torch.dtype, books: Mapping[torch.device, 
         together = layer.stack.tokens if layer.stack else 0
         grouped.setdefault((_stored(layer.spec), together, cells), []).append((name, layer))
     rows = [
-        Row(tuple(n for n, _ in members), stored, together, sum(layer.packed_bytes for _, layer in members), cells)
+        Row(
+            tuple(n for n, _ in members),
+            stored,
+            together,
+            sum(layer.packed_bytes for _, layer in members),
+            sum(layer.held_bytes for _, layer in members),
+            cells,
+        )
         for (stored, together, cells), members in grouped.items()
     ]
     return Explanation(dtype, tuple(rows))
@@ -130,7 +139,8 @@ def books(model: nn.Module, path: Path | str | None = None) -> dict[torch.device
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
     """What the model computes in: the dtype of the first floating-point parameter that no sparse layer stores."""
-    stored = {id(p) for layer in sparse_layers(model).values() for p in layer.parts()}
+    held = [layer for layer in sparse_layers(model).values() if not layer.released]
+    stored = {id(p) for layer in held for p in layer.parts()}
     ours = (p.dtype for p in model.parameters() if id(p) not in stored and p.dtype.is_floating_point)
     return next(ours, torch.get_default_dtype())
 

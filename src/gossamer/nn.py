@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -15,6 +16,8 @@ from .stack import Stack
 
 log = logging.getLogger("gossamer")
 
+MOVED = "a prepared layer moved to another device; fix: call gossamer.prepare(model) again"
+
 
 class SparseLinear(nn.Module):
     """y = x A^T + bias with A [out_features, in_features] stored in any format.
@@ -23,6 +26,8 @@ class SparseLinear(nn.Module):
     are stored in: `.to(dtype)`, `.half()` and `.float()` move the bias only, the arithmetic follows x.
     A product may borrow its right factor from another SparseLinear (`lender`): one shared dictionary, stored once.
     `gossamer.prepare` puts the choices of kernels, and what they packed, beside the stored tensors; neither is saved.
+    On a GPU what was packed takes their place (`released`): they are made again from it, bit for bit, whenever they are
+    asked for, by `state_dict`, by name, or because the layer moves.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = spec["shape"]
         self.layout = self.stored_layout = dispatch.to_layout(spec)
         self._packed: tuple[Tensor, ...] = ()
+        self._released = False
         self._stack: Stack | None = None
         self._place = 0
         self._names = tuple(formats.layout(spec))
@@ -73,26 +79,54 @@ class SparseLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the stored tensors lie."""
-        return self.parts()[0].device
+        return (self._packed if self._released else self.parts())[0].device
+
+    @property
+    def released(self) -> bool:
+        """Are the stored tensors gone, and what was packed in their place?"""
+        return self._released
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the stored tensors, there or not, borrowed ones included."""
+        found = formats.layout(self.spec).values()
+        return sum(math.prod(shape) * kind.itemsize for shape, kind in found)
 
     @property
     def packed_bytes(self) -> int:
-        """What the prepared kernels keep beside the stored tensors: dense copies, layouts of their own."""
-        return sum(t.numel() * t.element_size() for t in self._packed)
+        """What the prepared kernels keep beside the stored tensors: dense copies, layouts of their own.
+
+        Of a layer without its stored tensors, what it keeps beyond their size; it can be less than nothing.
+        """
+        packed = sum(t.numel() * t.element_size() for t in self._packed)
+        return packed - self.stored_bytes if self._released else packed
 
     @property
     def prepared(self) -> bool:
         """Does the layer carry choices of kernels, made by `gossamer.prepare`?"""
         return self.layout != self.stored_layout
 
-    def use(self, dtype: torch.dtype, ways: dispatch.Ways, packed: Sequence[Tensor]) -> None:
-        """Take these choices for x of `dtype`; their steps count `packed` from the end of the stored tensors."""
-        self.layout = dispatch.to_layout(self.spec, dtype, ways)
-        self._packed, self._stack = tuple(packed), None
+    @property
+    def held_bytes(self) -> int:
+        """All that the layer keeps but for its bias, borrowed tensors included."""
+        return self.stored_bytes + self.packed_bytes
 
-    def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor]) -> None:
-        """Run as part of a stack; `tensors` are the layer's own, where they lie in the stack's memory."""
+    def use(
+        self, dtype: torch.dtype, ways: dispatch.Ways, packed: Sequence[Tensor], source: dispatch.Step | None = None
+    ) -> None:
+        """Take these choices for x of `dtype`; their steps count `packed` from the end of the stored tensors.
+
+        With a `source`, a step whose operands hold the matrix exactly, the stored tensors go, and steps count from 0.
+        """
+        self.layout = dispatch.to_layout(self.spec, dtype, ways, source)
+        self._packed, self._stack = tuple(packed), None
+        if source is not None:
+            self._released, self._parameters = True, {"bias": self.bias}
+
+    def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Run as part of a stack; `tensors` are the layer's own, if they lie in the stack's memory now."""
         self._stack, self._place = stack, place
+        tensors = tensors or {}
         for name, tensor in tensors.items():
             self._parameters[name] = _frozen(tensor)
 
@@ -102,16 +136,23 @@ class SparseLinear(nn.Module):
         return self._stack
 
     def unprepare(self) -> None:
-        """Forget the choices and free what was packed for them."""
+        """Forget the choices and free what was packed for them; the stored tensors are there again."""
+        if self._released:
+            stored = {n: _frozen(t) for n, t in self.format.tensors().items()}
+            self._released, self._parameters = False, stored | {"bias": self.bias}
         self.layout, self._packed, self._stack = self.stored_layout, (), None
 
     @property
     def format(self) -> Format:
-        """What the layer holds now, as a format (shares the layer's tensors)."""
+        """What the layer holds now, as a format (shares the layer's tensors, unless they are `released`)."""
+        if self._released:
+            return formats.class_of(self.spec).encode(self.decode())
         return dispatch.route(self.stored_layout).assemble([p.detach() for p in self.parts()])
 
     def parts(self) -> list[Tensor]:
         """The stored tensors in the order of `Format.tensors()`, borrowed ones included."""
+        if self._released:
+            return [_frozen(t) for t in self.format.tensors().values()]
         # Not get_parameter, which splits dotted names: this runs on every call.
         own: Mapping[str, Any] = self._parameters
         if not self._lender:
@@ -121,16 +162,41 @@ class SparseLinear(nn.Module):
 
     def decode(self, dtype: torch.dtype | None = None) -> Tensor:
         """A, dense [out_features, in_features]."""
+        if self._released:
+            return dispatch.route(self.layout).assemble(self._packed).decode(dtype)
         return self.format.decode(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._stack is not None and self._stack.takes(x):
             return self._stack.part(self._place, x)
-        return ops.linear(x, [*self.parts(), *self._packed], self.layout, self._parameters["bias"])
+        parts = self._packed if self._released else (*self.parts(), *self._packed)
+        return ops.linear(x, parts, self.layout, self._parameters["bias"])
 
     def extra_repr(self) -> str:
         held = " x ".join(s["format"] for s in (self.spec.get("left"), self.spec.get("right")) if s)
         return f"{self.in_features}, {self.out_features}, {held or self.spec['format']}, bias={self.bias is not None}"
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__
+        if held.get("_released") and name in held["_names"]:
+            return self.parts()[held["_names"].index(name)]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_released") and name in self._names:
+            self.unprepare()
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.prepared and not dispatch.route(self.layout).runs_on(self.device):
+            self.unprepare()  # unpickled on another kind of device
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._released:
+            stored = zip(self._names, self.parts(), strict=True)
+            destination.update({prefix + n: p if keep_vars else p.detach() for n, p in stored})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unprepare()  # what was packed belongs to the old tensors
@@ -138,13 +204,15 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves to a device, never to a dtype: `fn` sees the stored tensors as bytes, which no cast touches.
+        if self._released and fn(self._packed[0].new_empty(0, dtype=torch.uint8)).device != self.device:
+            log.warning(MOVED)
+            self.unprepare()
         bias, stored = self.bias, {n: p for n, p in self._parameters.items() if n != "bias" and p is not None}
         self._parameters = {"bias": bias}
         super()._apply(fn, recurse)
-        for name, p in stored.items():
-            self._parameters[name] = _moved(p, fn)
+        self._parameters = {n: _moved(p, fn) for n, p in stored.items()} | self._parameters
         if self.prepared and any(p.device != self.get_parameter(n).device for n, p in stored.items()):
-            log.warning("a prepared layer moved to another device; fix: call gossamer.prepare(model) again")
+            log.warning(MOVED)
             self.unprepare()
         return self
 

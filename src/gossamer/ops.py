@@ -61,7 +61,8 @@ def _decode_fake(parts: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Te
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, parts, ctx.layout, bias = inputs
-    ctx.stored = len(route(ctx.layout).names)
+    found = route(ctx.layout)
+    ctx.stored = len(parts) if found.source else len(found.names)
     ctx.packed = len(parts) - ctx.stored
     ctx.save_for_backward(*parts[: ctx.stored])
     ctx.bias_dtype = None if bias is None else bias.dtype

@@ -3,6 +3,7 @@
 Small layers drown in the cost of a call. The matrices of a stack lie row after row in one stored matrix (the layers'
 own tensors become views of it, so nothing is stored twice). Whichever layer is called first computes for all, and the
 others take their rows if they are called with the very same tensor. What is not fetched is dropped at the next call.
+On a GPU, the layers that run alone for more tokens read their rows from the one packed matrix.
 A tensor that was changed in place in between is noticed by its version, which tensors made in inference mode, and those
 inside a compiled graph, do not have: there a model must not change the input of q before it calls k.
 """
@@ -15,20 +16,24 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops
+from .formats import Format
 from .formats.bitmask import Bitmask
 
-MOST_TOKENS = 16  # beyond, a call costs little beside its work
+MOST_TOKENS = {"cpu": 16, "cuda": 64}  # beyond, a call costs little beside its work
 
 
 class Stack:
-    """One matrix for several layers: `rows` of each, layout and operands of the whole, for up to `tokens` tokens."""
+    """One matrix for several layers: `rows` of each, layout and operands of the whole, for up to `tokens` tokens.
+
+    On a GPU a layer gets a view of the product, since a copy would take as long as a small product does.
+    """
 
     def __init__(
         self,
         rows: Sequence[int],
         dtype: torch.dtype,
         ways: dispatch.Ways,
-        a: Bitmask,
+        a: Format,
         operands: Sequence[Tensor],
         bias: Tensor | None,
     ) -> None:
@@ -54,7 +59,7 @@ class Stack:
         found = left.pop(i)
         if not left:
             self.held = None
-        return found.contiguous()
+        return found if found.is_cuda else found.contiguous()
 
 
 def stacked(parts: Sequence[Bitmask]) -> Bitmask:

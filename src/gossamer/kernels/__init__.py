@@ -72,5 +72,15 @@ class Kernel(ABC):
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         """y [.., M] in the dtype of x, a new tensor; x [.., K] of any strides, any number of leading dimensions."""
 
+    @classmethod
+    def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor | None:
+        """A, dense, exactly as it was packed: then the stored tensors need not stay beside it. None: they must."""
+        return None
+
+    @classmethod
+    def rows(cls, packed: Packed, begin: int, end: int) -> Packed | None:
+        """The layout of these rows, in the same memory; None if it cannot be cut there."""
+        return None
+
 
 registry: Registry[Kernel] = Registry("gossamer.kernels", Kernel)

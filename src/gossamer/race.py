@@ -1,0 +1,175 @@
+"""Timing the ways to run layers of one shape: every eligible kernel, and a dense copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import dispatch, formats, timing
+from . import lock as locks
+from .explain import dense_spec, factor_specs, inner_dtype
+from .formats import Format
+from .formats.dense import Dense
+from .formats.product import Product
+from .kernels import Case, Kernel, Packed, registry
+from .lock import Lock
+from .nn import SparseLinear
+from .packs import Packs, dense_copy, reversible
+
+SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
+SWEEP_BYTES = {"cpu": 64 << 20, "cuda": 200 << 20}  # more than a cache of one core or one GPU holds
+WORTH = 1.02  # a copy must gain this much somewhere
+EDGE = 0.95  # timings are noisy: a sparse kernel must be this much ahead of a dense copy that is there
+SMALL = 16  # bytes a row of every factor: offsets and scales do not count as a copy
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a group of layers: kernels for the factors (`whole`: for a dense copy), and its price."""
+
+    kernels: tuple[str, ...]
+    whole: bool
+    nbytes: int
+    times: dict[int, float]  # tokens -> microseconds
+    replaces: bool = False  # the stored tensors come back from what it packs
+
+    def cost(self, tokens: int) -> float:
+        """What it is chosen by: its time, for a dense copy a little less, without a time infinite."""
+        return self.times.get(tokens, math.inf) * (EDGE if self.whole else 1.0)
+
+
+@dataclass
+class Group:
+    """Layers that nothing but their names and numbers tells apart."""
+
+    layers: list[SparseLinear]
+    options: list[Option]
+    granted: list[Option] = field(default_factory=list)
+    refused: list[Option] = field(default_factory=list)
+
+    def best(self, tokens: int) -> Option:
+        return min(self.granted, key=lambda o: o.cost(tokens))
+
+    def gain(self, option: Option) -> float:
+        """Nepers of time saved over all sizes by having the option, too; 0 if it is not worth having anywhere."""
+        ratios = [self.best(n).cost(n) / option.cost(n) for n in option.times]
+        return sum(math.log(r) for r in ratios if r > 1) if max(ratios) > WORTH else 0.0
+
+
+@dataclass(frozen=True)
+class Race:
+    """Times the ways to run layers of one shape, but for those that the book knows."""
+
+    sizes: Sequence[int]
+    dtype: torch.dtype
+    book: Lock
+    kernel: str | None
+    again: bool
+    footprint: int  # bytes of the whole model's sparse layers
+
+    def upto(self, tokens: int) -> Race:
+        """The same for at most so many tokens."""
+        return replace(self, sizes=[n for n in self.sizes if n <= tokens])
+
+    def group(self, layers: list[SparseLinear]) -> Group:
+        found = [layer.format for layer in layers[: _sampled(layers[0])]]
+        spec = layers[0].spec
+        stored = {t.data_ptr() for f in found for t in f.tensors().values()}
+        inner = inner_dtype(spec, self.dtype, layers[0].device)
+        if isinstance(found[0], Product):
+            rights, lefts = (self.options([getattr(f, n) for f in found], inner, stored) for n in ("right", "left"))
+            options = [_chained(right, left, self.sizes) for right in rights for left in lefts]
+        else:
+            options = self.options(found, inner, stored, replace=True)
+        if self.kernel and any(f["format"] in registry[self.kernel].formats for f in factor_specs(spec)):
+            options = [o for o in options if self.kernel in o.kernels]
+        elif spec["format"] != Dense.name:
+            options += self.options(found, self.dtype, set(), whole=True)
+        room = SMALL * sum(f["shape"][0] + 1 for f in factor_specs(spec))
+        free = [o for o in options if o.replaces or o.nbytes <= room]
+        return Group(layers, options, free or options[:1])
+
+    def options(
+        self,
+        found: Sequence[Format],
+        dtype: torch.dtype,
+        stored: set[int],
+        whole: bool = False,
+        replace: bool = False,
+        keep: dict[str, Packed] | None = None,
+    ) -> list[Option]:
+        """One per kernel. `stored`: addresses of the tensors that are there anyhow; `whole`: as dense copies.
+
+        `replace`: what was packed may take the place of the stored tensors. `keep` gets what was packed of the first.
+        """
+        spec, device = found[0].spec(), next(iter(found[0].tensors().values())).device
+        spec = dense_spec(spec, dtype) if whole else spec
+        able = {n: self._able(Case(spec, device, dtype, n), whole, replace) for n in self.sizes}
+        names = {k.name: k for kernels in able.values() for k in kernels}
+        place = locks.key(spec, device, dtype)
+        missing = {
+            n: kernels
+            for n, kernels in able.items()
+            if self.again or {k.name for k in kernels} - self.book.times.get(place, {}).get(n, {}).keys()
+        }
+        sample = _cold(found, self.footprint) if missing else found[:1]
+        matrices = [dense_copy(f, dtype) for f in sample] if whole else sample
+        packed = [Packs(a, dtype) for a in matrices]
+        packs = {name: [p.of(k) for p in packed] for name, k in names.items()}
+        if keep is not None:
+            keep.update({name: each[0] for name, each in packs.items()})
+        for n, kernels in missing.items():
+            x = torch.randn(n, spec["shape"][1], device=device).to(dtype)
+            runners = {k.name: [partial(_call, k, x, p) for p in packs[k.name]] for k in kernels}
+            self.book.merge(place, n, timing.race(runners, device))
+        times = self.book.times[place]
+        sources = {name: replace and packed[0].source(k) is not None for name, k in names.items()}
+        return [
+            Option(
+                (name,),
+                whole,
+                _added(packs[name][0], stored),
+                {n: times[n][name] for n in able if k in able[n]},
+                sources[name],
+            )
+            for name, k in names.items()
+        ]
+
+    def _able(self, case: Case, whole: bool, replace: bool) -> list[type[Kernel]]:
+        if self.kernel and case.spec["format"] in registry[self.kernel].formats:
+            return [dispatch.required(self.kernel, case)]
+        able = dispatch.eligible(case)
+        # A dense copy that is decoded again for each product is nobody's choice, and the oracle needs stored tensors.
+        needless = whole or (replace and any(reversible(k) for k in able))
+        return [k for k in able if not (needless and k.name == dispatch.ORACLE)]
+
+
+def _cold(found: Sequence[Format], footprint: int) -> list[Format]:
+    """Copies added, so that a sweep over a shape with few layers runs from as far away as in the whole model."""
+    size = sum(f.nbytes for f in found)
+    device = next(iter(found[0].tensors().values())).device
+    more = max(0, math.ceil(min(footprint, SWEEP_BYTES[device.type]) / max(1, size)) - 1)
+    cloned = [formats.from_spec(f.spec(), {n: t.clone() for n, t in f.tensors().items()}) for f in [*found] * more]
+    return [*found, *cloned]
+
+
+def _sampled(layer: SparseLinear) -> int:
+    return max(1, min(SAMPLE_LAYERS, SAMPLE_BYTES // max(1, 4 * layer.out_features * layer.in_features)))
+
+
+def _chained(right: Option, left: Option, sizes: Sequence[int]) -> Option:
+    both = {n: right.times[n] + left.times[n] for n in sizes if n in right.times and n in left.times}
+    return Option((*right.kernels, *left.kernels), False, right.nbytes + left.nbytes, both)
+
+
+def _call(kernel: type[Kernel], x: Tensor, packed: Packed) -> Tensor:
+    return kernel.run(x, packed.tensors, packed.meta, None)
+
+
+def _added(packed: Packed, stored: set[int]) -> int:
+    return sum(t.numel() * t.element_size() for t in packed.tensors if t.data_ptr() not in stored)
