@@ -31,8 +31,8 @@ class CoSpaDi(Method):
 
     `side`: "short" puts the dictionary on the short side of the weight, "in" on the inputs always, as the paper does.
     `codes`: "bitmask" or "nm24". `solver`: "fast" (`_dictionary`, `_outer`) or "ksvd" (the paper's, `_ksvd`).
-    `iterations`: alternations (None: 30; 60 for ksvd). `procrustes` rounds before them (None: 10) and conjugate gradient
-    `steps` in each (None: 3) belong to the fast solver. The supports of 2:4 codes settle slowly: 120, 40 and 6.
+    `iterations`: alternations (None: 30; 60 for ksvd). `procrustes` rounds before them (None: 10), conjugate gradient
+    `steps` in each (None: 3); both belong to the fast solver. The supports of 2:4 codes settle slowly: 120, 40 and 6.
     """
 
     rho: float = 3.0
