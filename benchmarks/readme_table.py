@@ -73,7 +73,9 @@ DECODE = (
     ("model_eager", "whole decoding steps"),
     ("model_compile", "whole decoding steps, `torch.compile`"),
 )
-TOKENS = (1, 8, 16, 32, 64)
+TOKENS = (1, 8, 16, 32, 64, 128)
+BATCHES = (1, 8, 16)
+NO_AMX, AMX = (f"Intel(R) Xeon(R) Processor {with_or_not} AMX" for with_or_not in ("without", "with"))
 
 
 def speed() -> str:
@@ -104,9 +106,48 @@ def speed() -> str:
     return "\n".join([*lines, ""])
 
 
+def whole_models() -> str:
+    """Language models decoding on a GPU."""
+    lines = [
+        "",
+        "Tokens per second of a whole Llama of 8B shapes decoding on that GPU (random weights, 512 tokens of context, CUDA",
+        "graphs on both sides), over dense bf16, and the memory of its linear layers; [more](docs/llm_decode.md):",
+        "",
+        "| sparsity | " + " | ".join(f"batch {b}" for b in BATCHES) + " | memory |",
+        "|---|" + "---:|" * (len(BATCHES) + 1),
+    ]
+    for s in (0.5, 0.6, 0.7):
+        case = {"model": "llama-3-8b", "sparsity": s}
+        cells = [f"{latest('llm_decode', 'tokens_per_s_ratio', batch=b, **case):.2f}x" for b in BATCHES]
+        cells.append(f"{latest('llm_decode', 'linear_memory_ratio', **case):.2f}x")
+        lines.append(f"| {s:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def int8() -> str:
+    """Block-sparse int8 on the CPU."""
+    lines = [
+        "",
+        "Block-sparse int8 on one core of an Intel Xeon with AMX, 64 tokens, over the fastest of oneDNN and torch's int8,",
+        "geometric mean of 6 shapes ([more](docs/kernels/bsr_int8.md)):",
+        "",
+        "| sparsity | 4x1 blocks | 4x4 | 4x1, AMX switched off for all | 4x4 |",
+        "|---|" + "---:|" * 4,
+    ]
+    for s in (0.7, 0.8, 0.9):
+        case = {"sparsity": s, "tokens": 64, "threads": 1}
+        cells = (
+            f"{latest('bsr_int8', 'geomean_vs_best_dense', cpu=cpu, variant=v, **case):.2f}x"
+            for cpu in (AMX, NO_AMX)
+            for v in ("4x1", "4x4")
+        )
+        lines.append(f"| {s:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
 def render(readme: str) -> str:
     before, rest = readme.split(BEGIN)
-    return before + BEGIN + table() + speed() + END + rest.split(END)[1]
+    return before + BEGIN + table() + speed() + whole_models() + int8() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
