@@ -110,8 +110,8 @@ def whole_models() -> str:
     """Language models decoding on a GPU."""
     lines = [
         "",
-        "Tokens per second of a whole Llama of 8B shapes decoding on that GPU (random weights, 512 tokens of context, CUDA",
-        "graphs on both sides), over dense bf16, and the memory of its linear layers; [more](docs/llm_decode.md):",
+        "Tokens per second of a whole Llama of 8B shapes decoding on that GPU (random weights, 512 tokens of context,",
+        "CUDA graphs on both sides), over dense bf16, and the memory of its linear layers; [more](docs/llm_decode.md):",
         "",
         "| sparsity | " + " | ".join(f"batch {b}" for b in BATCHES) + " | memory |",
         "|---|" + "---:|" * (len(BATCHES) + 1),
@@ -128,8 +128,8 @@ def int8() -> str:
     """Block-sparse int8 on the CPU."""
     lines = [
         "",
-        "Block-sparse int8 on one core of an Intel Xeon with AMX, 64 tokens, over the fastest of oneDNN and torch's int8,",
-        "geometric mean of 6 shapes ([more](docs/kernels/bsr_int8.md)):",
+        "Block-sparse int8 on one core of an Intel Xeon with AMX, 64 tokens, over the fastest of oneDNN and torch's",
+        "int8, geometric mean of 6 shapes ([more](docs/kernels/bsr_int8.md)):",
         "",
         "| sparsity | 4x1 blocks | 4x4 | 4x1, AMX switched off for all | 4x4 |",
         "|---|" + "---:|" * 4,
