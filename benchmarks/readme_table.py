@@ -111,8 +111,8 @@ def whole_models() -> str:
     lines = [
         "",
         "Tokens per second of a whole Llama of 8B shapes decoding on that GPU (random weights, 512 tokens of context,",
-        "CUDA graphs and fused norms, rotations and gates on both sides; with transformers' own the gain is smaller), over",
-        "dense bf16, and the memory of its linear layers; [more](docs/llm_decode.md):",
+        "CUDA graphs and fused norms, rotations and gates on both sides; with transformers' own the gain is smaller),",
+        "over dense bf16, and the memory of its linear layers; [more](docs/llm_decode.md):",
         "",
         "| sparsity | " + " | ".join(f"batch {b}" for b in BATCHES) + " | memory |",
         "|---|" + "---:|" * (len(BATCHES) + 1),
