@@ -43,7 +43,7 @@ NB_MODULE(_native, m) {
         "The sum of the 64-bit words of a buffer of whole cache lines, modulo 2^64.");
   m.def("move_to_huge_pages", move_to_huge_pages, "begin"_a, "bytes"_a, nogil,
         "Moves memory onto huge pages without changing its address; False where the system would not.");
-  m.def("cuda_launch", cuda_launch, "launch"_a, "function"_a, "gx"_a, "gy"_a, "gz"_a, "bx"_a, "by"_a, "bz"_a, "shared"_a,
-        "stream"_a, "parameters"_a, nogil, "cuLaunchKernel, which lies at the address `launch`; its error, 0 if none.");
+  m.def("cuda_launch", cuda_launch, "launch"_a, "function"_a, "kinds"_a, "stream"_a, "shared"_a, "grid"_a, "block"_a,
+        "values"_a, "cuLaunchKernel, which lies at the address `launch`; its error, 0 if none.");
   m.def("threads_of", threads_of, "Whose threads do the work: openmp (those of torch) or threads (made for the call).");
 }

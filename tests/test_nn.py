@@ -1,11 +1,15 @@
 """SparseLinear and the ops beneath it, for every format in the folder."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import gossamer
 from gossamer import dispatch, formats, patterns
 from gossamer.formats import Format
 from gossamer.formats.product import Product
@@ -210,3 +214,51 @@ def test_swap_makes_the_bias_of_the_layer_it_replaces() -> None:
     model = nn.Sequential(nn.Linear(K, M, dtype=torch.float16))
     swap(model, {"0": {"spec": spec, "bias": True}}, device="meta")
     assert model[0].bias.dtype == torch.float16 and model[0].bias.is_meta
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> SparseLinear:
+    layer = SparseLinear.from_format(stored("bitmask"), torch.randn(M))
+    gossamer.prepare(layer, tokens=(1, 4), kernel="cpu_bitmask", dtype=torch.float32, lock=tmp_path / "lock.json")
+    return layer
+
+
+def test_what_was_looked_up_once_is_forgotten_with_its_cause(prepared: SparseLinear) -> None:
+    """Outside gradients a prepared layer goes a short way, which must not outlive what it was made of."""
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        before = prepared(x)
+        prepared.bias = nn.Parameter(torch.zeros(M), requires_grad=False)
+        torch.testing.assert_close(prepared(x), x @ prepared.decode(torch.float32).mT)
+        prepared.bias = None
+        torch.testing.assert_close(prepared(x), x @ prepared.decode(torch.float32).mT)
+        twin = copy.deepcopy(prepared)
+        twin.weight.mul_(2)
+        torch.testing.assert_close(twin(x), 2 * prepared(x))
+        prepared.weight = nn.Parameter(3 * prepared.weight, requires_grad=False)
+        torch.testing.assert_close(prepared(x), 3 / 2 * twin(x))
+        prepared.load_state_dict(twin.state_dict())
+        torch.testing.assert_close(prepared(x), twin(x))
+        assert not torch.equal(prepared(x), before)
+
+
+def test_the_short_way_is_not_taken_past_anybody(prepared: SparseLinear) -> None:
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        prepared(x)
+    y = prepared(x.requires_grad_())
+    assert y.requires_grad
+    with torch.no_grad(), FlopCounterMode(display=False), pytest.raises(ValueError, match=f"{K + 1} features"):
+        prepared(torch.randn(3, K + 1))
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        prepared(x.detach())
+    assert "gossamer.linear.default" in seen
+    doubled = torch.func.functional_call(prepared, {"bias": 2 * prepared.bias}, (x.detach(),))
+    torch.testing.assert_close(doubled, prepared(x.detach()) + prepared.bias)

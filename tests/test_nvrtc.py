@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,15 +220,6 @@ def test_processes_that_compile_the_same_at_once(cache: Path) -> None:
     assert len(entries(cache)) == 1
 
 
-def test_parameters_are_laid_out_as_c_does() -> None:
-    frame = nvrtc._frame("iPfdI")
-    frame.fill(-1, 2**40, 0.5, 0.25, 7)
-    buffer, table = frame.memory
-    start = nvrtc.ctypes.addressof(buffer)
-    assert [p - start for p in table] == [0, 8, 16, 24, 32]
-    assert nvrtc.ctypes.c_double.from_address(table[3]).value == 0.25
-
-
 def test_pointers_come_first() -> None:
     with pytest.raises(ValueError, match="'PiP', pointers must come first"):
         nvrtc.Function("scale.cuh", "scale", "PiP")
@@ -238,10 +230,14 @@ def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyP
     """Through the native module, and without it through ctypes; the driver is a function of ours."""
     ct, seen = nvrtc.ctypes, []
     numbers = [ct.c_uint] * 7
+    kinds = {"P": ct.c_uint64, "i": ct.c_int32, "I": ct.c_uint32, "q": ct.c_int64, "Q": ct.c_uint64}
+    kinds |= {"f": ct.c_float, "d": ct.c_double}
 
-    @ct.CFUNCTYPE(ct.c_int, ct.c_void_p, *numbers, ct.c_void_p, ct.c_void_p, ct.c_void_p)
-    def entry(*args: object) -> int:
-        seen.append(args)
+    @ct.CFUNCTYPE(ct.c_int, ct.c_void_p, *numbers, ct.c_void_p, ct.POINTER(ct.c_void_p), ct.c_void_p)
+    def entry(function: int, *args: Any) -> int:
+        *sizes, stream, table, extra = args
+        values = [kinds[kind].from_address(table[i]).value for i, kind in enumerate("PPiIqQfd")]
+        seen.append((function, sizes, stream, values, extra))
         return 7
 
     class Driver:
@@ -250,9 +246,16 @@ def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nvrtc, "_driver", Driver)
     monkeypatch.setattr(nvrtc.native, "available", lambda: built)
     high = 0x7FFF_1234_5678_9AB0  # an address that no 32-bit argument holds
-    wanted = (high, 65535, 2, 3, 128, 4, 5, 98304, high + 16, high + 32)
-    assert nvrtc._launcher.__wrapped__()(*wanted) == 7
-    assert seen == [(*wanted, None)]
+    values = [high, 2**64 - 16, -(2**31), 2**32 - 1, -(2**63), 2**64 - 1, 0.5, 0.1]
+    launch = nvrtc._launcher.__wrapped__()
+    assert launch(high + 16, "PPiIqQfd", high + 32, 98304, (65535, 2, 3), (128, 4, 5), *values) == 7
+    assert seen == [(high + 16, [65535, 2, 3, 128, 4, 5, 98304], high + 32, values, None)]
+    for kind, value in ("i", 2**31), ("I", -1), ("q", 2**63), ("P", 0.5):
+        with pytest.raises((RuntimeError, nvrtc.struct.error)):  # nanobind's bad cast is a RuntimeError
+            launch(high, kind, 0, 0, (1, 1, 1), (1, 1, 1), value)
+    with pytest.raises(ValueError):
+        launch(high, "ii", 0, 0, (1, 1, 1), (1, 1, 1), 1)
+    assert len(seen) == 1
 
 
 def test_a_gpu_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,15 +98,12 @@ def move_to_huge_pages(begin: int, bytes: int) -> bool:
 def cuda_launch(
     launch: int,
     function: int,
-    gx: int,
-    gy: int,
-    gz: int,
-    bx: int,
-    by: int,
-    bz: int,
-    shared: int,
+    kinds: str,
     stream: int,
-    parameters: int,
+    shared: int,
+    grid: tuple,
+    block: tuple,
+    *values,
 ) -> int:
     """cuLaunchKernel, which lies at the address `launch`; its error, 0 if none."""
 

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ class Step:
     def run(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return self._run(x, [parts[i] for i in self.at], self.meta, bias)
 
+    def bind(self, parts: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return registry[self.kernel].bind([parts[i] for i in self.at], self.meta, bias)
+
     def unpack(self, parts: Sequence[Tensor]) -> Tensor | None:
         """The matrix, dense, if the kernel's operands hold it exactly."""
         return registry[self.kernel].unpack([parts[i] for i in self.at], self.meta)
@@ -61,6 +65,7 @@ class Step:
 
 Way = tuple[Step, ...]
 Ways = Sequence[tuple[int, Way]]  # (up to so many tokens, the way), ascending
+Bound = list[tuple[float, Callable[[Tensor], Tensor]]]  # (up to so many elements of x, a function of x), ascending
 
 
 def to_layout(spec: Spec, dtype: torch.dtype | None = None, ways: Ways = (), source: Step | None = None) -> str:
@@ -128,6 +133,12 @@ class Route:
         for name, factor, last in _factors(a):
             wide = self._run(name, wide, factor, tokens, bias if last else None)
         return wide.to(x.dtype)
+
+    def bind(self, parts: Sequence[Tensor], bias: Tensor | None) -> Bound:
+        """What `linear` does with x of the dtype prepared for, up to the first way of two steps."""
+        one = list(takewhile(lambda way: len(way[1]) == 1, self.ways))
+        bound: Bound = [(upto * self.width, way[0].bind(parts, bias)) for upto, way in one]
+        return [*bound, (math.inf, bound[-1][1])] if bound and len(one) == len(self.ways) else bound
 
     def runs_on(self, device: torch.device) -> bool:
         """Are all kernels of the choices for this kind of device?"""

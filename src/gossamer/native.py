@@ -6,8 +6,9 @@ column 8 b + j; padding bits are zero. `GOSSAMER_ISA` (scalar, avx2, avx512) or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +168,36 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return y
 
 
+def bound_bitmask_linear(
+    values: Tensor, mask: Tensor, offsets: Tensor, cols: int, bias: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """`bitmask_linear` as a function of x, for a matrix that stays where it is."""
+    head = mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), FLOATS[values.dtype], mask.shape[0], cols
+    return _bound(_bitmask_linear, head, (values, mask, offsets), bias)
+
+
+def bound_dense_linear(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """`dense_linear` as a function of x, for a weight that stays where it is."""
+    return _bound(_dense_linear, (weight.data_ptr(), FLOATS[weight.dtype], *weight.shape), (weight,), bias)
+
+
+def _bound(
+    function: Callable[..., Any], head: tuple[int, ...], held: tuple[Tensor, ...], bias: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """`head`: the arguments before x. The memory behind `held` and `bias` lives as long as what is returned."""
+    rows, cols = head[-2:]
+    held = tuple(t.detach() for t in held) + (() if bias is None else (bias.detach(),))
+    tail = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+
+    def call(x: Tensor, _held: tuple[Tensor, ...] = held) -> Tensor:
+        x, y, tokens, stride = _in_and_out(x, rows, cols)
+        if tokens:
+            function(*head, x.data_ptr(), FLOATS[x.dtype], stride, tokens, *tail, y.data_ptr(), _threads())
+        return y
+
+    return call
+
+
 def unpack_rows(values: Tensor, mask: Tensor, offsets: Tensor, begin: int, out: Tensor) -> None:
     """Rows begin, begin + 1, .. of a bitmask matrix, dense, into all of `out` [rows, K], which is contiguous.
 
@@ -226,10 +257,12 @@ def _in_and_out(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, int, i
 
     Short ways first: a decode step makes hundreds of these calls, and a microsecond here is a tenth of one.
     """
-    shape = x.shape
-    if shape[-1] != cols:
-        raise ValueError(f"x has {shape[-1]} features in its last dimension, the weight takes {cols}")
-    y = x.new_empty(*shape[:-1], rows)  # spread out: a tuple takes half as long again
+    *lead, features = shape = x.shape
+    if features != cols:
+        raise ValueError(f"x has {features} features in its last dimension, the weight takes {cols}")
+    if not x.is_cpu:
+        raise ValueError(f"x lies on {x.device}, the weight on the CPU; fix: move one of them")
+    y = x.new_empty(*lead, rows)  # spread out: a tuple takes half as long again
     if cols and x.is_contiguous():
         tokens, stride = x.numel() // cols, cols
     else:

@@ -16,6 +16,7 @@ from .stack import Stack
 
 log = logging.getLogger("gossamer")
 
+Calls = tuple[torch.dtype | None, Tensor | None, dispatch.Bound]  # of x, for this bias
 MOVED = "a prepared layer moved to another device; fix: call gossamer.prepare(model) again"
 
 
@@ -45,6 +46,7 @@ class SparseLinear(nn.Module):
         self.layout = self.stored_layout = dispatch.to_layout(spec)
         self._packed: tuple[Tensor, ...] = ()
         self._released = False
+        self._calls: Calls | None = None
         self._stack: Stack | None = None
         self._place = 0
         self._names = tuple(formats.layout(spec))
@@ -119,13 +121,13 @@ class SparseLinear(nn.Module):
         With a `source`, a step whose operands hold the matrix exactly, the stored tensors go, and steps count from 0.
         """
         self.layout = dispatch.to_layout(self.spec, dtype, ways, source)
-        self._packed, self._stack = tuple(packed), None
+        self._packed, self._stack, self._calls = tuple(packed), None, None
         if source is not None:
             self._released, self._parameters = True, {"bias": self.bias}
 
     def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Run as part of a stack; `tensors` are the layer's own, if they lie in the stack's memory now."""
-        self._stack, self._place = stack, place
+        self._stack, self._place, self._calls = stack, place, None
         tensors = tensors or {}
         for name, tensor in tensors.items():
             self._parameters[name] = _frozen(tensor)
@@ -140,7 +142,7 @@ class SparseLinear(nn.Module):
         if self._released:
             stored = {n: _frozen(t) for n, t in self.format.tensors().items()}
             self._released, self._parameters = False, stored | {"bias": self.bias}
-        self.layout, self._packed, self._stack = self.stored_layout, (), None
+        self.layout, self._packed, self._stack, self._calls = self.stored_layout, (), None, None
 
     @property
     def format(self) -> Format:
@@ -167,10 +169,27 @@ class SparseLinear(nn.Module):
         return self.format.decode(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._stack is not None and self._stack.takes(x):
-            return self._stack.part(self._place, x)
-        parts = self._packed if self._released else (*self.parts(), *self._packed)
-        return ops.linear(x, parts, self.layout, self._parameters["bias"])
+        if (stack := self._stack) is not None and stack.takes(x):
+            return stack.part(self._place, x)
+        if ops.plain(x) and x.shape[-1] == self.in_features:
+            # Past everything that is the same in every call: a decode step makes hundreds.
+            dtype, bias, bound = self._calls or self._bind()
+            if x.dtype == dtype and bias is self._parameters["bias"]:
+                size = x.numel()
+                for most, call in bound:
+                    if size <= most:
+                        return call(x)
+        return ops.linear(x, self._operands(), self.layout, self._parameters["bias"])
+
+    def _operands(self) -> Sequence[Tensor]:
+        return self._packed if self._released else (*self.parts(), *self._packed)
+
+    def _bind(self) -> Calls:
+        """The choices of kernels as functions of x, for as long as the layer stays as it is."""
+        found, bias = dispatch.route(self.layout), self._parameters["bias"]
+        bound = found.bind(self._operands(), bias) if self.in_features else []
+        self._calls = found.dtype, bias, bound
+        return self._calls
 
     def extra_repr(self) -> str:
         held = " x ".join(s["format"] for s in (self.spec.get("left"), self.spec.get("right")) if s)
@@ -183,9 +202,15 @@ class SparseLinear(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_released") and name in self._names:
-            self.unprepare()
+        held = self.__dict__
+        if name in held.get("_names", ()):
+            held["_calls"] = None
+            if held["_released"]:
+                self.unprepare()
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_calls": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -204,6 +229,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moves to a device, never to a dtype: `fn` sees the stored tensors as bytes, which no cast touches.
+        self._calls = None
         if self._released and fn(self._packed[0].new_empty(0, dtype=torch.uint8)).device != self.device:
             log.warning(MOVED)
             self.unprepare()

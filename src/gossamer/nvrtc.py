@@ -58,24 +58,6 @@ class LaunchError(RuntimeError):
     """The driver refused a kernel or the GPU is gone; the message says what to do."""
 
 
-class _Frame(NamedTuple):
-    """The parameters of one launch, where the driver reads them."""
-
-    fill: Callable[..., None]
-    pointers: int
-    memory: tuple[Any, Any]
-
-
-def _frame(args: str) -> _Frame:
-    layout = struct.Struct(args)
-    buffer = ctypes.create_string_buffer(layout.size)
-    # `0x` pads to the alignment of x, as C does before a parameter of that type.
-    starts = [struct.calcsize(f"{args[:i]}0{a}") for i, a in enumerate(args)]
-    table = (ctypes.c_void_p * len(args))(*[ctypes.addressof(buffer) + start for start in starts])
-    fill = partial(layout.pack_into, buffer, 0)
-    return _Frame(fill, ctypes.addressof(table), (buffer, table))
-
-
 class Function:
     """One entry of a device source under one set of macros, compiled on first use for the GPU it is launched on.
 
@@ -93,7 +75,6 @@ class Function:
             raise ValueError(f"{file}:{entry}: `args` is {args!r}, pointers must come first")
         self.macros = tuple(sorted((name, str(value)) for name, value in (macros or {}).items()))
         self._handles: dict[int, int] = {}
-        self._frames: list[_Frame] = []
 
     def __repr__(self) -> str:
         return f"{self.file}:{self.entry}[{', '.join('='.join(m) for m in self.macros)}]"
@@ -111,18 +92,12 @@ class Function:
         if device != _current_device():
             with torch.cuda.device(device):
                 return self.launch(grid, block, *args, shared=shared)
-        # A frame per launch in flight: the driver copies it before it returns, but threads must not share one.
-        try:
-            frame = self._frames.pop()
-        except IndexError:
-            frame = _frame(self.args)
-        frame.fill(*map(_address, args[: self._pointers]), *args[self._pointers :])  # type: ignore[arg-type]
+        values = *map(_address, args[: self._pointers]), *args[self._pointers :]  # type: ignore[arg-type]
         stream, launch = _current_stream(device), _launcher()
-        error = launch(handle, *grid, *block, shared, stream, frame.pointers)
+        error = launch(handle, self.args, stream, shared, grid, block, *values)
         if error == _NO_CONTEXT:
             _enter(device)
-            error = launch(handle, *grid, *block, shared, stream, frame.pointers)
-        self._frames.append(frame)
+            error = launch(handle, self.args, stream, shared, grid, block, *values)
         if error:
             raise LaunchError(f"{self!r}: grid {grid}, block {block}, {shared} bytes shared: {_explain(error)}")
 
@@ -305,13 +280,22 @@ def _core() -> _Core:
 
 @cache
 def _launcher() -> Callable[..., int]:
-    """(function, grid, block, shared, stream, pointers) -> error. Of ready pointers: that costs less than cuda.core."""
+    """(function, kinds, stream, shared, grid, block, *values) -> error. Costs less than cuda.core's way."""
     entry = _driver().cuLaunchKernel
     if native.available():
         return partial(native.require().cuda_launch, ctypes.cast(entry, ctypes.c_void_p).value)
-    pointer, number = ctypes.c_void_p, ctypes.c_uint
-    entry.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-    return lambda *args: entry(*args, None)
+    return partial(_launch, entry)
+
+
+def _launch(
+    entry: Any, function: int, kinds: str, stream: int, shared: int, grid: tuple, block: tuple, *values: float
+) -> int:
+    """What native/launch.h does, for an installation without native code."""
+    packed = [struct.pack(kind, value) for kind, value in zip(kinds, values, strict=True)]
+    buffers = [ctypes.create_string_buffer(p, len(p)) for p in packed]
+    table = (ctypes.c_void_p * len(buffers))(*map(ctypes.addressof, buffers))
+    numbers = map(ctypes.c_uint, (*grid, *block, shared))
+    return entry(ctypes.c_void_p(function), *numbers, ctypes.c_void_p(stream), table, None)
 
 
 @cache

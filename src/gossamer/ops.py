@@ -29,20 +29,21 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     A decode step of a small model makes hundreds of these calls, and the way through the dispatcher into Python takes
     as long as a small product. Under compilation, with gradients, in any mode or transform the op itself is called.
     """
-    if torch.is_grad_enabled() or is_compiling() or type(x) is not Tensor or _any_mode():
-        return torch.ops.gossamer.linear(x, parts, layout, bias)
-    return route(layout).linear(x, parts, bias)
+    if plain(x):
+        return route(layout).linear(x, parts, bias)
+    return torch.ops.gossamer.linear(x, parts, layout, bias)
 
 
-is_compiling = torch.compiler.is_compiling
+is_compiling, _grad = torch.compiler.is_compiling, torch.is_grad_enabled
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 
 
-def _any_mode() -> bool:
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
-    )
+def plain(x: Tensor) -> bool:
+    """Is there nobody who would have to see an op: no compiler, gradient, mode, transform or kind of tensor?"""
+    if is_compiling() or _grad() or type(x) is not Tensor:
+        return False
+    return not (_dispatch_modes() or _function_modes()) and _transform() is None
 
 
 def _decode(parts: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:

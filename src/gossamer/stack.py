@@ -11,6 +11,7 @@ inside a compiled graph, do not have: there a model must not change the input of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,13 @@ class Stack:
         self.layout = dispatch.to_layout(a.spec(), dtype, ways)
         self.operands = list(operands)
         self.dtype, self.tokens = dtype, ways[-1][0]
-        self._limit = self.tokens * a.shape[1]  # elements of x
+        self._width = a.shape[1]
+        self._limit = self.tokens * self._width  # elements of x
         self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
+        self._bound: dispatch.Bound | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"held": None, "_bound": None}
 
     def takes(self, x: Tensor) -> bool:
         """Is x of the dtype and size that the stack is for? Gradients go through the layers themselves."""
@@ -52,7 +58,7 @@ class Stack:
         """Layer i's rows of the product with x. A layer never gets the same answer twice, so none is out of date."""
         held, version = self.held, 0 if ops.is_compiling() or x.is_inference() else x._version
         if held is None or held[0] is not x or held[1] != version or i not in held[2]:
-            y = ops.linear(x, self.operands, self.layout, self.bias)
+            y = self._product(x)
             held = (x, version, dict(enumerate(y.split_with_sizes(self.rows, -1))))
             self.held = held
         left = held[2]
@@ -60,6 +66,16 @@ class Stack:
         if not left:
             self.held = None
         return found if found.is_cuda else found.contiguous()
+
+    def _product(self, x: Tensor) -> Tensor:
+        if ops.plain(x) and x.shape[-1] == self._width:
+            if self._bound is None:
+                self._bound = dispatch.route(self.layout).bind(self.operands, self.bias)
+            size = x.numel()
+            for most, call in self._bound:
+                if size <= most:
+                    return call(x)
+        return ops.linear(x, self.operands, self.layout, self.bias)
 
 
 def stacked(parts: Sequence[Bitmask]) -> Bitmask:

@@ -8,7 +8,7 @@ tensors and constants, never saved; stored tensors are used where they lie if th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -71,6 +71,11 @@ class Kernel(ABC):
     @abstractmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         """y [.., M] in the dtype of x, a new tensor; x [.., K] of any strides, any number of leading dimensions."""
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """`run` as a function of x alone, of the dtype it was packed for: what does not change is looked up once."""
+        return lambda x: cls.run(x, packed, meta, bias)
 
     @classmethod
     def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor | None:

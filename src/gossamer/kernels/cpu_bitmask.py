@@ -8,7 +8,7 @@ in x come out as they do of the dense product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,15 @@ class CpuBitmask(Kernel):
         if x.shape[:-1].numel() <= native.MAX_TOKENS:
             return native.bitmask_linear(x, values, mask, offsets, meta["cols"], bias)
         return _by_panels(x, values, mask, offsets, bias)
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        values, mask, offsets = packed
+        few, most = (
+            native.bound_bitmask_linear(values, mask, offsets, meta["cols"], bias),
+            native.MAX_TOKENS * meta["cols"],
+        )
+        return lambda x: few(x) if x.numel() <= most else _by_panels(x, values, mask, offsets, bias)
 
 
 def _by_panels(x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,3 +43,7 @@ class CpuDense(Kernel):
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         return native.dense_linear(x, packed[0], bias)
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return native.bound_dense_linear(packed[0], bias)

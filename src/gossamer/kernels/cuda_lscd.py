@@ -80,6 +80,10 @@ class CudaLscd(Kernel):
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        if x.device != packed[0].device:
+            raise KernelError(
+                f"cuda_lscd: x lies on {x.device}, the weight on {packed[0].device}; fix: move one of them"
+            )
         flat = _rows(x, meta)
         y = x.new_empty(flat.shape[0], meta["rows"])
         most = gpu(x.get_device()).tokens

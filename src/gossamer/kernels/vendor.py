@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,12 @@ class Vendor(Kernel):
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        weight = packed[0]
+        bias = None if bias is None else bias.to(weight.dtype)
+        return lambda x: linear(x, weight, bias)
 
     @classmethod
     def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor | None:
