@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer import prepare
 from gossamer.dispatch import route
@@ -169,11 +169,11 @@ class Bench:
 
     @torch.no_grad()
     def prepared(self, a: Tensor, case: dict, inputs: dict[int, Tensor]) -> None:
-        """The same cells through layers that choose."""
+        """The same cells through layers that choose, as many as are not all in the cache."""
         layer = SparseLinear.from_format(Bitmask.encode(a))
+        layers = [layer, *(copy.deepcopy(layer) for _ in range(-(-COLD_BYTES // layer.stored_bytes)))]
         with tempfile.TemporaryDirectory() as folder:
-            prepare(layer, tokens=inputs, dtype=a.dtype, lock=Path(folder) / "lock.json")
-        layers = [layer, *(copy.deepcopy(layer) for _ in range(-(-COLD_BYTES // layer.held_bytes)))]
+            prepare(nn.ModuleList(layers), tokens=inputs, dtype=a.dtype, lock=Path(folder) / "lock.json")
         for n, x in inputs.items():
             us, spread = timed([lambda one=one, x=x: one(x) for one in layers])
             base, name = self.dense[a.shape[0], a.shape[1], n]
