@@ -43,7 +43,7 @@ NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 class Linears(nn.Module):
     """The linear layers of a Llama in the order of a decoding step, with as little as possible between them.
 
-    k and v are returned, so that no compiler leaves them out; tanh keeps numbers in bounds and costs less than a norm.
+    tanh keeps numbers in bounds and costs less than a norm; k and v are gathered, so that no compiler leaves them out.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,8 +61,8 @@ class Linears(nn.Module):
             heads, *rest = q(x), k(x), v(x)
             kept += rest
             h = o(heads)
-            x = torch.tanh(down(gate(h) * up(h)))
-        return self.head(x), *kept
+            x = down(torch.tanh(gate(h) * up(h)))
+        return self.head(x), torch.cat(kept, -1)
 
 
 def pruned(dense: nn.Module, sparsity: float) -> nn.Module:

@@ -149,7 +149,7 @@ def _better_together(
     ways = []
     for n in sizes:
         best = min(options, key=lambda o: o.times.get(n, math.inf), default=None)
-        if best is None or best.times.get(n, math.inf) > sum(chosen[m].best(n).times[n] for m in members):
+        if best is None or best.times.get(n, math.inf) > sum(chosen[m].best(n).cost(n) for m in members):
             break
         ways.append((n, best))
     return ways
