@@ -137,6 +137,7 @@ def test_generate_continues_the_prompt(compressed):
     result = run("generate", compressed, "--prompt", "[bold]Once", "--tokens", 4)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("[bold]Once")
+    assert run("generate", compressed, "--prompt", "[bold]Once", "--tokens", 4, "--no-prepare").exit_code == 0
 
 
 def test_ctrl_c_keeps_the_work_and_says_how_to_resume(tiny_folder, tmp_path):

@@ -1,8 +1,10 @@
 """The doctor's report: complete, honest, and with a fix for whatever is wrong."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +65,17 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, major: int, ok: bool) -> None:
     checks = by_name()
     assert checks["GPU 0"].ok is checks["GPU 1"].ok is ok
     assert f"sm_{major}0" in checks["GPU 1"].detail
+
+
+def test_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "not" / "yet"))
+    assert by_name()["cache"].ok and "0 lock files" in by_name()["cache"].detail
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "cpu-1.json").write_text("{}")
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    assert "1 lock files" in by_name()["cache"].detail
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "GOSSAMER_CACHE" in by_name()["cache"].fix
 
 
 def test_needs_no_terminal_library() -> None:

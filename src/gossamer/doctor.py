@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gossamer import native
+from gossamer import machine, native
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
@@ -47,6 +47,7 @@ def report() -> list[Check]:
         _cpu(),
         _memory(),
         _disk(),
+        _cache(),
         *_gpus(),
         *(_optional(name, *why) for name, why in OPTIONAL.items()),
     ]
@@ -116,6 +117,16 @@ def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     fix = f"free some space, or work on another disk than {Path.cwd()}"
     return _check("free disk", free >= LEAST_FREE_DISK, f"{free / 2**30:.1f} GiB in {Path.cwd()}", fix)
+
+
+def _cache() -> Check:
+    """Where lock files with timings lie, and compiled kernels."""
+    folder = machine.cache_folder()
+    there = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    locks = len(list((folder / "locks").glob("*.json")))
+    known = f"{folder}, {locks} lock files with timings"
+    fix = "make it writable, or set GOSSAMER_CACHE to a folder that is; else every process times kernels anew"
+    return _check("cache", os.access(there, os.W_OK), known, fix)
 
 
 def _gpus() -> list[Check]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..show import bars, columns, console, size
+from ..show import columns, console, size
 from . import app
+from .choices import prepared
 from .use import Device, Dtype
 
 Folder = Annotated[str, typer.Argument(help="Gossamer folder.")]
@@ -31,25 +32,12 @@ def explain(
 
     live, _ = open_model(model, dtype, device)
     if measure or again:
-        found = _prepared(live, dense_memory, lock, again)
+        found = prepared(live, dense_memory, lock, again)
     else:
         found = tell(live, lock=lock)
     if not found.rows:
         raise ValueError(f"{model} has no sparse layer; fix: make one with gossamer compress")
     console.print(str(found), markup=False, highlight=False)
-
-
-def _prepared(model: Any, dense_memory: float | None, lock: Path | None, again: bool) -> Any:
-    from ..prepare import prepare
-
-    with bars() as progress:
-        bar = progress.add_task("timing kernels", total=None)
-
-        def show(done: int, total: int, what: str) -> None:
-            progress.update(bar, completed=done, total=total, description=f"timing {what}" if what else "timed")
-
-        room = None if dense_memory is None else dense_memory * 1e6
-        return prepare(model, dense_memory=room, lock=lock, again=again, progress=show)
 
 
 @app.command()

@@ -90,10 +90,15 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     device: Device = None,
     dtype: Dtype = "auto",
+    prepare: Annotated[bool, typer.Option(help="Choose the fastest kernels first; timed once per machine.")] = True,
 ) -> None:
     """Continue a prompt."""
     from ..generate import complete
     from ..hub.source import open_model
+    from ..nn import sparse_layers
+    from .choices import prepared
 
     live, tokenizer = open_model(model, dtype, device)
+    if prepare and sparse_layers(live):
+        prepared(live)
     console.print(prompt + complete(live, tokenizer, prompt, tokens, temperature), markup=False, highlight=False)
