@@ -29,6 +29,7 @@ class Method:
     refresh: int = 0  # steps between new states; 0: never
     decay: float = 0.0  # pulls the weights that are masked away to zero
     decay_on: Literal["gradients", "weights"] = "gradients"
+    shardwise: bool = True  # is the projection of a shard the shard of the projection?
     dense_tail: float = 0.0  # the share of all steps that is dense, at the end; then the final model is dense
 
     def products(self) -> Products:
@@ -40,7 +41,7 @@ class Method:
         return {}
 
     def project(self, weight: Tensor, state: State) -> Tensor:
-        """The 2:4 weight that the forward pass multiplies with; of `weight`'s shape and dtype, which may be a shard."""
+        """The 2:4 weight that the forward pass multiplies with, of `weight`'s shape and dtype; a shard if shardwise."""
         raise NotImplementedError
 
     def mask(self, weight: Tensor, state: State) -> Tensor:

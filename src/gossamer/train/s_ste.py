@@ -33,6 +33,10 @@ class SSTE(Method):
         if self.beta not in ("frozen", "dynamic", "one"):
             raise ValueError(f"beta={self.beta!r} is unknown; fix: frozen, dynamic or one")
 
+    @property
+    def shardwise(self) -> bool:  # type: ignore[override]
+        return self.beta != "dynamic"
+
     def products(self) -> Products:
         return Fp8Products(mvue=self.mvue) if self.fp8 else Products(mvue=self.mvue)
 

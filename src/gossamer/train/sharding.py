@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+
+def is_sharded(a: Tensor) -> bool:
+    return isinstance(a, DTensor)
 
 
 def local(a: Tensor) -> Tensor:
@@ -27,11 +29,11 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(full, like.device_mesh, everywhere).redistribute(placements=like.placements).to_local()
 
 
-def on_local(f: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
-    """f of this rank's part, put back together as `a` is; f keeps the shape."""
+def like(held: Tensor, a: Tensor) -> Tensor:
+    """This rank's part of something of `a`'s shape -> a DTensor where `a` is one."""
     if not isinstance(a, DTensor):
-        return f(a.detach())
-    return DTensor.from_local(f(local(a)), a.device_mesh, a.placements, shape=a.shape, stride=a.stride())
+        return held
+    return DTensor.from_local(held, a.device_mesh, a.placements, shape=a.shape, stride=a.stride())
 
 
 def summed(counts: Tensor, like: Tensor) -> Tensor:

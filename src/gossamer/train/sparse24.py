@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .method import Method
 from .products import Products
-from .sharding import check_groups, local, on_local, part, whole
+from .sharding import check_groups, is_sharded, like, local, part, whole
 
 STATE = "sparse24_"  # before the names of the buffers
 
@@ -40,9 +40,11 @@ class Sparse24Linear(nn.Linear):
     @torch.no_grad()
     def projected(self) -> Tensor:
         """P(weight), without gradient; sharded as the weight is."""
-        check_groups(self.label, self.weight)
-        state = self.local_state()
-        return on_local(lambda w: self.method.project(w, state), self.weight)
+        if is_sharded(self.weight):  # else the label stays untouched: compiled blocks that differ in it are one
+            check_groups(self.label, self.weight)
+        if self.method.shardwise:
+            return like(self.method.project(local(self.weight), self.local_state()), self.weight)
+        return like(part(self.method.project(whole(self.weight), self.state()), self.weight), self.weight)
 
     @torch.no_grad()
     def survivors(self) -> Tensor:
@@ -54,13 +56,15 @@ class Sparse24Linear(nn.Linear):
         """The method's state anew, from the whole weight as it is now."""
         for name, tensor in self.method.state(whole(self.weight)).items():
             if STATE + name in self._buffers:
-                self.get_buffer(STATE + name).copy_(tensor)  # in place: compiled graphs hold its address
+                local(self.get_buffer(STATE + name)).copy_(tensor)  # in place: compiled graphs hold its address
             else:
                 self.register_buffer(STATE + name, tensor, persistent=False)
 
     def state(self) -> dict[str, Tensor]:
-        """What the method keeps, of the whole weight, on every rank."""
-        return {n.removeprefix(STATE): b for n, b in self._buffers.items() if n.startswith(STATE) and b is not None}
+        """What the method keeps, of the whole weight, on every rank; parallelize_module made DTensors of it."""
+        return {
+            n.removeprefix(STATE): local(b) for n, b in self._buffers.items() if n.startswith(STATE) and b is not None
+        }
 
     def local_state(self) -> dict[str, Tensor]:
         return {name: part(tensor, self.weight) for name, tensor in self.state().items()}

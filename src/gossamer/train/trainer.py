@@ -14,7 +14,7 @@ from .sparsifier import Sparsifier
 
 
 class Sparse24Callback(TrainerCallback):
-    """`Trainer(model, ..., callbacks=[Sparse24Callback(sparsify(model, SSTE(), steps=...))])`.
+    """`Sparse24Callback(sparsify(model, SSTE(), steps=...)).install(trainer)`, or one of `Trainer(callbacks=[...])`.
 
     Logs flip_rate and three_zeros, and mu where `dense_flips` {step: rate} of a dense run are given. Keeps the state of
     the run in every checkpoint and continues from it. Changes nothing else.
@@ -25,6 +25,11 @@ class Sparse24Callback(TrainerCallback):
     def __init__(self, sparsifier: Sparsifier, dense_flips: Mapping[int, float] | None = None) -> None:
         self.sparsifier, self.dense_flips = sparsifier, dense_flips or {}
         self._optimizer: Any = None
+
+    def install(self, trainer: Any) -> Sparse24Callback:
+        """Stand before the trainer's reporters (TensorBoard, ...), which otherwise log before this callback adds."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         planned = self.sparsifier.schedule.steps
@@ -55,10 +60,12 @@ class Sparse24Callback(TrainerCallback):
         measured = self.sparsifier.metrics()
         if logs is None or not measured:
             return
-        logs |= {name: measured[name] for name in ("flip_rate", "three_zeros")}
+        found = {name: measured[name] for name in ("flip_rate", "three_zeros")}
         step = int(measured["step"])
         if step in self.dense_flips:
-            logs["mu"] = mu({step: measured["flip_rate"]}, self.dense_flips)
+            found["mu"] = mu({step: measured["flip_rate"]}, self.dense_flips)
+        logs |= found
+        state.log_history[-1] |= found  # the trainer copied the logs into it before it called us
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = self.sparsifier.state_dict()  # on every rank: it may gather
