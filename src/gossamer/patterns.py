@@ -43,15 +43,15 @@ def nm(scores: Tensor, n: int = 2, m: int = 4) -> Tensor:
 
 def hard24(w: Tensor) -> Tensor:
     """Bool mask [..., K]: the two largest magnitudes of every aligned four. Ties: the first; NaN counts as infinite."""
-    a = _groups(w).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-    parts = a.unbind(-1)
-    ranks = [sum(_beats(parts, j, i) for j in range(4) if j != i) for i in range(4)]
-    return torch.stack([rank < 2 for rank in ranks], -1).flatten(-2)  # type: ignore[operator]
+    a = _groups(w).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).unbind(-1)
+    wins = {(i, j): a[i] >= a[j] for i, j in combinations(range(4), 2)}
+    wins |= {(j, i): ~won for (i, j), won in wins.items()}
+    kept = [_majority(*(wins[i, j] for j in range(4) if j != i)) for i in range(4)]
+    return torch.stack(kept, -1).flatten(-2)
 
 
-def _beats(parts: tuple[Tensor, ...], j: int, i: int) -> Tensor:
-    """Does j stand before i? As an integer, to be summed."""
-    return (parts[j] >= parts[i] if j < i else parts[j] > parts[i]).to(torch.int8)
+def _majority(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return (x & y) | (z & (x | y))
 
 
 def soft24(w: Tensor) -> Tensor:
