@@ -337,6 +337,37 @@ def test_the_mixin_steps_in_lightnings_order_and_resumes_after_the_weights():
         again.on_load_checkpoint({})
 
 
+def test_lightning_itself_trains_clips_and_resumes_to_the_bit(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Real(Lightning24, lightning.LightningModule):
+        def __init__(self, seed):
+            super().__init__()
+            self.mlp = model(seed)
+            self.sparsifier = sparsify(self, FST(refresh=2, decay=0.1, mvue=False), steps=6, every=2)
+
+        def training_step(self, batch, index):
+            return (self.mlp(batch[0]) - batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    # One row over and over: Lightning itself does not resume a plain loader where it stood.
+    row = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(row.expand(3, 16)))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = quiet | {"gradient_clip_val": 1.0, "enable_checkpointing": False}
+    whole, cut, resumed = Real(0), Real(0), Real(1)
+    lightning.Trainer(max_steps=6, **settings).fit(whole, loader)
+    assert whole.sparsifier.step == 6
+    first = lightning.Trainer(max_steps=3, **settings)
+    first.fit(cut, loader)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    lightning.Trainer(max_steps=6, **settings).fit(resumed, loader, ckpt_path=str(tmp_path / "half.ckpt"))
+    assert resumed.sparsifier.step == 6
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def test_dense_is_a_method_that_only_measures():
     nets = [model(), model()]
     sparse = sparsify(nets[1], Dense(), filter="*", every=1)
