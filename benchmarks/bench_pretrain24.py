@@ -54,7 +54,7 @@ def learn(given: argparse.Namespace) -> None:
         for method in given.methods
     ]
     try:
-        told = [_wait_for(meet / method, workers) for method in given.methods]
+        told = [t for method, worker in zip(given.methods, workers, strict=True) if (t := _told(meet / method, worker))]
         left = given.seconds - (time.monotonic() - begin)
         wanted = -(-TOKENS_A_PARAMETER * told[0]["parameters"] // told[0]["tokens_a_step"])
         possible = int((left - given.reserve) / (1.15 * sum(t["step_seconds"] for t in told)))
@@ -68,10 +68,12 @@ def learn(given: argparse.Namespace) -> None:
             worker.kill()
 
 
-def _wait_for(file: Path, workers: list[subprocess.Popen]) -> dict:
+def _told(file: Path, worker: subprocess.Popen) -> dict | None:
+    """What a worker has to say before it trains; None where it failed, and the others go on without it."""
     while not file.exists():
-        if any(w.poll() for w in workers):
-            raise SystemExit("a worker failed; its message stands above")
+        if worker.poll():
+            print(f"{file.name} failed and is left out; its message stands above", flush=True)
+            return None
         time.sleep(0.05)
     return json.loads(file.read_text())
 
