@@ -121,6 +121,8 @@ def test_decay_on_weights_follows_the_learning_rate_and_needs_it():
     torch.testing.assert_close(layer.weight, torch.where(layer.survivors(), before, 0.95 * before))
     with pytest.raises(ValueError, match=r"needs learning rates; fix: before_step\(optimizer\)"):
         sparse.before_step()
+    with pytest.raises(ValueError, match=r"0.mlp.0.weight is not in this optimizer.*fix"):
+        sparse.before_step(torch.optim.SGD(net[0].attn.parameters(), lr=0.1))
 
 
 def test_a_weight_that_two_layers_share_decays_and_is_settled_once():

@@ -90,7 +90,7 @@ class Sparsifier:
         for layer in self._unique():
             weight, dying = local(layer.weight), ~layer.survivors()
             if self.method.decay_on == "weights":
-                weight.sub_(weight * dying, alpha=rates[id(layer.weight)] * self.method.decay)
+                weight.sub_(weight * dying, alpha=_rate(rates, layer) * self.method.decay)
             elif layer.weight.grad is not None:
                 grad = local(layer.weight.grad)
                 grad.add_((weight * dying).to(grad.dtype), alpha=self.method.decay)
@@ -250,3 +250,12 @@ def _learning_rates(optimizer: torch.optim.Optimizer | None, method: Method) -> 
             raise ValueError("decay on weights needs learning rates; fix: before_step(optimizer), or attach(optimizer)")
         return {}
     return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def _rate(rates: dict[int, Any], layer: Sparse24Linear) -> Any:
+    if id(layer.weight) not in rates:
+        raise ValueError(
+            f"{layer.label}.weight is not in this optimizer, so its learning rate is unknown; fix: attach the optimizer "
+            "that holds it, made from the model's parameters after fully_shard"
+        )
+    return rates[id(layer.weight)]
