@@ -255,7 +255,7 @@ def _learning_rates(optimizer: torch.optim.Optimizer | None, method: Method) -> 
 def _rate(rates: dict[int, Any], layer: Sparse24Linear) -> Any:
     if id(layer.weight) not in rates:
         raise ValueError(
-            f"{layer.label}.weight is not in this optimizer, so its learning rate is unknown; fix: attach the optimizer "
+            f"{layer.label}.weight is not in this optimizer, so its learning rate is unknown; fix: attach the one "
             "that holds it, made from the model's parameters after fully_shard"
         )
     return rates[id(layer.weight)]
