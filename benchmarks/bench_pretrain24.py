@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,57 +38,71 @@ from pretrain.loop import Run, Training, ends_dense  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 LINES, CURVES = RESULTS / "pretrain24.jsonl", RESULTS / "pretrain24_curves.jsonl"
 DEFAULT = ("dense", "s_ste", "fst", "sr_ste", "ste")
-TOKENS_A_PARAMETER = 13
-TIMED = 12  # steps that the speed is taken over
+TOKENS_A_PARAMETER, SEEDS = 13, 3  # of the bar
+TIMED = 20  # steps that the speed is taken over
+
+
+class Meeting:
+    """Files by which processes wait for each other: a worker says, the parent hears all and answers."""
+
+    def __init__(self, outcomes: Path, seed: int) -> None:
+        self.folder = outcomes.with_suffix(f".seed{seed}")
+
+    def say(self, name: str, value: object) -> None:
+        part = self.folder / f"{name}.part"
+        part.write_text(json.dumps(value))
+        part.rename(self.folder / name)
+
+    def hear(self, name: str, speaker: subprocess.Popen | None = None) -> Any:
+        """None where the speaker died."""
+        while not (self.folder / name).exists():
+            if speaker is not None and speaker.poll():
+                return None
+            time.sleep(0.02)
+        return json.loads((self.folder / name).read_text())
 
 
 def learn(given: argparse.Namespace) -> None:
-    """One process for each method; they compile, tell how long a step takes, and get the number of steps."""
-    begin = time.monotonic()
-    given.outcomes.parent.mkdir(parents=True, exist_ok=True)
-    meet = Path(str(given.outcomes) + f".seed{given.seed}")
-    meet.mkdir(exist_ok=True)
-    for old in meet.iterdir():
-        old.unlink()
-    forwarded = ["--seed", str(given.seed), "--model", given.model, "--batch", str(given.batch)]
-    forwarded += ["--warmup", str(given.warmup)] + (["--no-compile"] if given.no_compile else [])
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "work", str(given.texts), str(given.outcomes), method, *forwarded])
-        for method in given.methods
-    ]
+    """A process for each method. They compile, are timed one by one and all at once, and are told how many steps."""
+    begin, meeting = time.monotonic(), Meeting(given.outcomes, given.seed)
+    shutil.rmtree(meeting.folder, ignore_errors=True)
+    meeting.folder.mkdir(parents=True)
+    workers = {method: _start(given, method) for method in given.methods}
     try:
-        told = [t for method, worker in zip(given.methods, workers, strict=True) if (t := _told(meet / method, worker))]
+        for stage in ("compiled", "alone", "together"):
+            told = {m: meeting.hear(f"{m}.{stage}", w) for m, w in workers.items()}
+            workers = {m: w for m, w in workers.items() if told[m] is not None}  # a method that fails is left out
+            if stage != "together":
+                meeting.say(f"after.{stage}", True)
+        slowest = max(t["seconds"] for t in told.values() if t)
         left = given.seconds - (time.monotonic() - begin)
-        wanted = -(-TOKENS_A_PARAMETER * told[0]["parameters"] // told[0]["tokens_a_step"])
-        possible = int((left - given.reserve) / (1.15 * sum(t["step_seconds"] for t in told)))
-        steps = max(4 * TIMED, min(wanted, possible, given.most_steps))
-        print(f"{steps} steps of {wanted} for the bar, {left:.0f} s left", json.dumps(told), flush=True)
-        (meet / "steps").write_text(str(steps))
-        for worker in workers:
+        possible = int((left - given.reserve) / (1.05 * slowest))
+        wanted = next(t["wanted"] for t in told.values() if t)
+        steps = max(4 * TIMED, min(wanted, possible))
+        print(f"{steps} steps of {wanted} for the bar, {left:.0f} s left, {1e3 * slowest:.1f} ms a step", flush=True)
+        meeting.say("steps", steps)
+        for worker in workers.values():
             worker.wait()
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.kill()
 
 
-def _told(file: Path, worker: subprocess.Popen) -> dict | None:
-    """What a worker has to say before it trains; None where it failed, and the others go on without it."""
-    while not file.exists():
-        if worker.poll():
-            print(f"{file.name} failed and is left out; its message stands above", flush=True)
-            return None
-        time.sleep(0.05)
-    return json.loads(file.read_text())
+def _start(given: argparse.Namespace, method: str) -> subprocess.Popen:
+    options = {"seed": given.seed, "model": given.model, "batch": given.batch, "warmup": given.warmup}
+    more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    more += ["--no-compile"] if given.no_compile else []
+    return subprocess.Popen([sys.executable, __file__, "work", str(given.texts), str(given.outcomes), method, *more])
 
 
 def work(given: argparse.Namespace) -> None:
-    """One method: compile and time alone, then train beside the others."""
-    meet = Path(str(given.outcomes) + f".seed{given.seed}")
+    """One method: compile and take times, then train beside the others."""
+    meeting = Meeting(given.outcomes, given.seed)
     train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
     run = Run(given.method, None, given.model, 1000, given.batch, 1, 1e-3, given.warmup, given.seed)
-    solo = _step_seconds(Training(run, train, compile=not given.no_compile), meet)
-    steps = int(_when_there(meet / "steps"))
-    run = Run(given.method, None, given.model, steps, given.batch, 1, 1e-3, min(given.warmup, steps // 4), given.seed)
+    alone = _timed(Training(run, train, compile=not given.no_compile), meeting)
+    steps = meeting.hear("steps")
+    run = replace(run, steps=steps, warmup=min(given.warmup, steps // 4))
     training, lines = Training(run, train, compile=not given.no_compile), []
     training.train(lines.append)
     found = {"valid_loss": training.evaluate(valid), "train_bytes": len(train), "valid_bytes": len(valid)}
@@ -93,35 +110,38 @@ def work(given: argparse.Namespace) -> None:
         found["one_shot_loss"] = training.one_shot(valid)
     training.finish()
     found["finished_loss"] = training.evaluate(valid)
-    parameters = sum(p.numel() for p in training.net.parameters())
-    outcome = vars(run) | {"tokens": run.tokens, "parameters": parameters, "step_seconds": solo} | found
-    outcome |= {"curve": lines, "environment": environment(training.device.type)}
-    with _alone(given.outcomes.with_suffix(".lock")):
+    outcome = vars(run) | {"tokens": run.tokens, "parameters": _parameters(training), "step_seconds_alone": alone}
+    outcome |= found | {"curve": lines, "environment": environment(training.device.type)}
+    with _locked(given.outcomes.with_suffix(".lock")):
         append(given.outcomes, outcome)
 
 
-def _step_seconds(training: Training, meet: Path) -> float:
-    """Of steps taken while the other methods wait; the first ones compile."""
-    for _ in range(4):
+def _timed(training: Training, meeting: Meeting) -> float:
+    """Seconds a step with the GPU to itself; says the seconds when all methods share it, too."""
+    method = training.run.method
+    _seconds(training, 4)  # compiles
+    meeting.say(f"{method}.compiled", True)
+    meeting.hear("after.compiled")
+    with _locked(meeting.folder / "lock"):
+        alone = _seconds(training, TIMED)
+    meeting.say(f"{method}.alone", True)
+    meeting.hear("after.alone")
+    wanted = -(-TOKENS_A_PARAMETER * _parameters(training) * training.run.steps // training.run.tokens)
+    meeting.say(f"{method}.together", {"seconds": _seconds(training, TIMED), "wanted": wanted})
+    return alone
+
+
+def _seconds(training: Training, steps: int) -> float:
+    _synchronize(training)
+    begin = time.perf_counter()
+    for _ in range(steps):
         training.take_step()
     _synchronize(training)
-    with _alone(meet / "lock"):
-        training.take_step()
-        _synchronize(training)
-        begin = time.perf_counter()
-        for _ in range(TIMED):
-            training.take_step()
-        _synchronize(training)
-        seconds = (time.perf_counter() - begin) / TIMED
-    told = {
-        "step_seconds": seconds,
-        "tokens_a_step": training.run.tokens // training.run.steps,
-        "parameters": sum(p.numel() for p in training.net.parameters()),
-    }
-    part = meet / f"{training.run.method}.part"
-    part.write_text(json.dumps(told))
-    part.rename(meet / training.run.method)
-    return seconds
+    return (time.perf_counter() - begin) / steps
+
+
+def _parameters(training: Training) -> int:
+    return sum(p.numel() for p in training.net.parameters())
 
 
 def _synchronize(training: Training) -> None:
@@ -129,14 +149,8 @@ def _synchronize(training: Training) -> None:
         torch.cuda.synchronize()
 
 
-def _when_there(file: Path) -> str:
-    while not (file.exists() and file.read_text()):
-        time.sleep(0.02)
-    return file.read_text()
-
-
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
+def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -153,7 +167,8 @@ def collect(given: argparse.Namespace) -> None:
     for line in summaries(runs):
         append(LINES, line)
         print(json.dumps({key: line[key] for key in ("summary", "case", "value", "must", "n")}))
-    _draw(runs, given.outcomes[0].with_suffix(".svg") if given.chart is None else given.chart)
+    first = {run["method"]: run["curve"] for run in runs if run["seed"] == runs[0]["seed"]}
+    chart.draw(first, given.chart or given.outcomes[0].with_suffix(".svg"))
 
 
 def dense_of(run: dict, runs: list[dict]) -> dict:
@@ -191,7 +206,7 @@ def measured(run: dict, dense: dict) -> list[dict]:
     shared = {"unit": "nats/byte", "spread": None, **run["environment"]}
     about = {key: run[key] for key in ("steps", "tokens", "parameters", "train_bytes", "valid_bytes")}
     about |= {"epochs": run["tokens"] / run["train_bytes"], "late_flip_rate": late(run), "mu": early_mu(run, dense)}
-    about |= {"step_seconds": run["step_seconds"]}
+    about |= {"step_seconds_alone": run.get("step_seconds_alone")}
     return [
         {
             "bench": "pretrain24",
@@ -217,7 +232,9 @@ def summaries(runs: list[dict]) -> Iterator[dict]:
         if method != "dense":
             found["val_loss_gap", method, model, variant].append(run["finished_loss"] - dense["finished_loss"])
             found["late_flip_rate_vs_dense", method, model, None].append(late(run) / late(dense))
-            found["step_time_ratio", method, model, None].append(dense["step_seconds"] / run["step_seconds"])
+            if "step_seconds_alone" in run:
+                ratio = dense["step_seconds_alone"] / run["step_seconds_alone"]
+                found["step_time_ratio", method, model, None].append(ratio)
         if "one_shot_loss" in run:
             found["val_loss_gap", method, model, "one_shot"].append(run["one_shot_loss"] - dense["finished_loss"])
     for (name, method, model, variant), values in found.items():
@@ -238,23 +255,19 @@ def _summary(name: str, case: dict, values: list[float], runs: list[dict]) -> di
     last, method = runs[-1]["environment"], case["method"]
     rising = name == "step_time_ratio" or (name == "late_flip_rate_vs_dense" and method == "ste")
     tokens = min(run["tokens"] / run["parameters"] for run in runs)
+    full = tokens >= TOKENS_A_PARAMETER and len(values) >= SEEDS
     return {
         "bench": "pretrain24",
         "summary": name,
-        "case": case | {"tokens_a_parameter": round(tokens, 2)},
+        "case": case if full else case | {"tokens_a_parameter": round(tokens, 2)},  # a pilot stands for itself
         "value": statistics.mean(values),
         "sense": ">=" if rising else "<=",
-        "must": BARS.get((name, method, case.get("variant"))),
+        "must": BARS.get((name, method, case.get("variant"))) if full else None,
         "unit": "nats/byte" if name == "val_loss_gap" else "ratio",
         "n": len(values),
         "range": [min(values), max(values)],
         **{key: last[key] for key in ("machine", "commit", "date")},
     }
-
-
-def _draw(runs: list[dict], out: Path) -> None:
-    curves = {run["method"]: run["curve"] for run in runs if run["seed"] == runs[0]["seed"]}
-    chart.draw(curves, out)
 
 
 def main() -> None:
@@ -277,7 +290,6 @@ def main() -> None:
             verb.add_argument(
                 "--reserve", type=float, default=15, help="seconds for the evaluation and late compilation"
             )
-            verb.add_argument("--most-steps", type=int, default=1 << 30)
     verb = verbs.add_parser("collect")
     verb.add_argument("outcomes", type=Path, nargs="+")
     verb.add_argument("--chart", type=Path)
