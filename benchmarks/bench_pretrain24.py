@@ -2,10 +2,13 @@
 
     python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seed 0 --seconds 150   # on a GPU, one seed a call
     python benchmarks/bench_pretrain24.py collect OUTCOMES...                           # lines, summaries, chart
+    python benchmarks/bench_pretrain24.py probe TEXTS --method fst                      # a decay for `learn --decay`
+    python benchmarks/bench_pretrain24.py scale TEXTS --ranks 1 2 4                     # on one host of several GPUs
 
 `learn` trains all methods at once on one GPU, a process each, on the same bytes in the same order, for the same number
 of steps: as many as the time allows, the bar's 13 tokens a parameter at most. `collect` adds one line for each run
-and the summaries over the seeds. TEXTS is a folder with *.train.txt[.xz] and *.valid.txt[.xz]; test texts are not read.
+and the summaries over the seeds. `scale` compares one GPU with several under DDP and FSDP2. TEXTS is a folder with
+*.train.txt[.xz] and *.valid.txt[.xz]; test texts are not read.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,14 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from results import append, environment
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+from gossamer.train import Sparsifier, suggest_decay  # noqa: E402
 from pretrain import chart, text  # noqa: E402
-from pretrain.loop import Run, Training, ends_dense  # noqa: E402
+from pretrain.llama import SHAPES, Llama  # noqa: E402
+from pretrain.loop import METHODS, Run, Training, ends_dense, join  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LINES, CURVES = RESULTS / "pretrain24.jsonl", RESULTS / "pretrain24_curves.jsonl"
@@ -90,6 +97,7 @@ def learn(given: argparse.Namespace) -> None:
 
 def _start(given: argparse.Namespace, method: str) -> subprocess.Popen:
     options = {"seed": given.seed, "model": given.model, "batch": given.batch, "warmup": given.warmup}
+    options |= {"decay": decay} if (decay := dict(given.decays).get(method)) else {}
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     more += ["--no-compile"] if given.no_compile else []
     return subprocess.Popen([sys.executable, __file__, "work", str(given.texts), str(given.outcomes), method, *more])
@@ -99,7 +107,7 @@ def work(given: argparse.Namespace) -> None:
     """One method: compile and take times, then train beside the others."""
     meeting = Meeting(given.outcomes, given.seed)
     train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
-    run = Run(given.method, None, given.model, 1000, given.batch, 1, 1e-3, given.warmup, given.seed)
+    run = Run(given.method, given.decay, given.model, 1000, given.batch, 1, 1e-3, given.warmup, given.seed)
     alone = _timed(Training(run, train, compile=not given.no_compile), meeting)
     steps = meeting.hear("steps")
     run = replace(run, steps=steps, warmup=min(given.warmup, steps // 4))
@@ -270,31 +278,121 @@ def _summary(name: str, case: dict, values: list[float], runs: list[dict]) -> di
     }
 
 
+def probe(given: argparse.Namespace) -> None:
+    """suggest_decay() on the warm-up of the run that `learn` would do."""
+    train = text.find(given.texts, "train")
+    run = Run(given.method, None, given.model, given.steps, given.batch, warmup=given.warmup, seed=given.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def built() -> Llama:
+        torch.manual_seed(run.seed)
+        return Llama(SHAPES[run.model]).to(device)
+
+    def warm_up(net: Llama, sparse: Sparsifier, steps: int) -> None:
+        training = Training(run, train, compile=not given.no_compile, made=(net, sparse))
+        for _ in range(steps):
+            training.take_step()
+
+    found = suggest_decay(built, warm_up, method=METHODS[run.method](), steps=run.steps, filter="*.mlp.*")
+    case = {"model": run.model, "method": run.method, "steps": run.steps, "batch": run.batch, "seed": run.seed}
+    line = {"bench": "pretrain24", "case": case | {"variant": "probe"}, "decay": found.decay, "mu": found.mu}
+    tried = {f"{decay:.3g}": mu for decay, mu in found.tried.items()}
+    append(LINES, line | {"feasible": found.feasible, "tried": tried, **environment(device.type)})
+    print(f"decay {found.decay:.3g}: mu {found.mu:.3f}", tried)
+
+
+def scale(given: argparse.Namespace) -> None:
+    """Tokens a second and the loss after the same steps, on one rank and on several."""
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = Path(folder) / "outcomes.jsonl"
+        ways = [(1, "ddp"), *((ranks, wrap) for ranks in given.ranks if ranks > 1 for wrap in ("ddp", "fsdp"))]
+        for ranks, wrap in ways:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command += [__file__, "rank", str(given.texts), str(outcomes), given.method, "--wrap", wrap]
+            command += ["--model", given.model, "--batch", str(given.batch), "--steps", str(given.steps)]
+            subprocess.run(command + (["--no-compile"] if given.no_compile else []), check=True)
+        found = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    for line in scaling(found):
+        append(LINES, line)
+        print(json.dumps({key: line[key] for key in ("summary", "case", "value")}))
+
+
+def rank(given: argparse.Namespace) -> None:
+    """One rank of a scaling run: the first quarter of the steps warms up."""
+    mine, ranks = join()
+    run = Run(given.method, None, given.model, given.steps, given.batch, warmup=given.steps // 4, seed=0)
+    training = Training(run, text.find(given.texts, "train"), wrap=given.wrap, compile=not given.no_compile)
+    _seconds(training, run.steps // 4)
+    seconds = _seconds(training, run.steps - run.steps // 4)
+    loss = training.evaluate(text.find(given.texts, "valid"), most=4 * run.batch)
+    if mine == 0:
+        case = {"model": run.model, "method": run.method, "ranks": ranks, "wrap": given.wrap}
+        found = {"tokens_a_second": run.tokens / run.steps / seconds, "loss": loss, "steps": run.steps}
+        append(given.outcomes, case | found | {"environment": environment(training.device.type)})
+    dist.destroy_process_group()
+
+
+def scaling(found: list[dict]) -> Iterator[dict]:
+    """Efficiency: tokens a second over those of one rank, a rank. Loss: the difference from one rank's."""
+    one = found[0]
+    for run in found[1:]:
+        case = {key: run[key] for key in ("model", "method", "ranks", "wrap", "steps")}
+        efficiency = run["tokens_a_second"] / one["tokens_a_second"] / run["ranks"]
+        values = {"scaling_efficiency": (efficiency, ">=", "ratio")}
+        values["loss_difference"] = (abs(run["loss"] - one["loss"]), "<=", "nats/byte")
+        for name, (value, sense, unit) in values.items():
+            summary = {
+                "summary": name,
+                "case": case,
+                "value": value,
+                "sense": sense,
+                "must": None,
+                "unit": unit,
+                "n": 1,
+            }
+            about = {key: run["environment"][key] for key in ("machine", "commit", "date")}
+            yield {"bench": "pretrain24", **summary, "tokens_a_second": run["tokens_a_second"], **about}
+
+
+def _pair(given: str) -> tuple[str, float]:
+    method, _, value = given.partition("=")
+    return method, float(value)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name in ("learn", "work"):
-        verb = verbs.add_parser(name)
-        verb.add_argument("texts", type=Path)
-        verb.add_argument("outcomes", type=Path)
-        if name == "work":
-            verb.add_argument("method")
-        verb.add_argument("--seed", type=int, default=0)
-        verb.add_argument("--model", default="10m")
-        verb.add_argument("--batch", type=int, default=128, help="windows a step")
-        verb.add_argument("--warmup", type=int, default=100)
-        verb.add_argument("--no-compile", action="store_true")
-        if name == "learn":
-            verb.add_argument("--methods", nargs="+", default=list(DEFAULT))
-            verb.add_argument("--seconds", type=float, default=600, help="of the whole call")
-            verb.add_argument(
-                "--reserve", type=float, default=15, help="seconds for the evaluation and late compilation"
-            )
-    verb = verbs.add_parser("collect")
-    verb.add_argument("outcomes", type=Path, nargs="+")
-    verb.add_argument("--chart", type=Path)
+    made = {
+        f.__name__: verbs.add_parser(f.__name__, help=f.__doc__) for f in (learn, work, collect, probe, scale, rank)
+    }
+    for name in ("learn", "work", "probe", "scale", "rank"):
+        made[name].add_argument("texts", type=Path)
+    for name in ("learn", "work", "rank"):
+        made[name].add_argument("outcomes", type=Path)
+    for name in ("work", "rank"):
+        made[name].add_argument("method")
+    for name in ("probe", "scale"):
+        made[name].add_argument("--method", default="fst" if name == "probe" else "s_ste")
+    for name in ("learn", "work", "probe", "scale", "rank"):
+        made[name].add_argument("--model", default="10m")
+        made[name].add_argument("--batch", type=int, default=128, help="windows a step")
+        made[name].add_argument("--no-compile", action="store_true")
+    for name in ("learn", "work", "probe"):
+        made[name].add_argument("--seed", type=int, default=0)
+        made[name].add_argument("--warmup", type=int, default=100)
+    for name, steps in (("probe", 150), ("scale", 200), ("rank", 200)):
+        made[name].add_argument("--steps", type=int, default=steps)
+    made["rank"].add_argument("--wrap", choices=["ddp", "fsdp"], default="ddp")
+    made["scale"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    made["work"].add_argument("--decay", type=float)
+    made["learn"].add_argument("--decay", type=_pair, nargs="+", default=[], dest="decays", help="METHOD=DECAY")
+    made["learn"].add_argument("--methods", nargs="+", default=list(DEFAULT))
+    made["learn"].add_argument("--seconds", type=float, default=600, help="of the whole call")
+    made["learn"].add_argument("--reserve", type=float, default=15, help="seconds to evaluate and compile late")
+    made["collect"].add_argument("outcomes", type=Path, nargs="+")
+    made["collect"].add_argument("--chart", type=Path)
     given = parser.parse_args()
-    {"learn": learn, "work": work, "collect": collect}[given.verb](given)
+    globals()[given.verb](given)
 
 
 if __name__ == "__main__":

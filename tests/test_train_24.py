@@ -333,17 +333,22 @@ def test_other_products_can_be_plugged_in():
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_suggest_decay_finds_a_decay_whose_mu_is_in_the_interval():
-    def warm_up(net, sparse, steps):
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-        sparse.attach(optimizer)
-        fit(net, optimizer, batches(steps))
-
-    found = train.suggest_decay(model, warm_up, method=SRSTE(), steps=40, interval=(0.5, 0.9))
+@pytest.mark.parametrize("method", [SRSTE(), FST(refresh=4, mvue=False)], ids=lambda m: m.name)
+def test_suggest_decay_finds_a_decay_whose_mu_is_in_the_interval(method):
+    found = train.suggest_decay(model, warm_up, method=method, steps=40, interval=(0.5, 0.9))
     assert found.feasible and 0.5 <= found.mu <= 0.9 and found.tried[found.decay] == found.mu
     assert found.dense_flip_rate > 0
     rising = [found.tried[d] for d in sorted(found.tried)]
     assert rising[0] >= rising[-1]
+
+
+def warm_up(net, sparse, steps):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    sparse.attach(optimizer)
+    fit(net, optimizer, batches(steps))
+
+
+def test_a_probe_that_cannot_answer_says_why():
     with pytest.raises(ValueError, match=r"took 0 steps, not 8; fix: sparsifier.attach"):
         train.suggest_decay(model, lambda *_: None, steps=8)
     with pytest.raises(ValueError, match="s_ste has no decay"):

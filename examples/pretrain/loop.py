@@ -70,25 +70,34 @@ class Run:
         return self.steps * self.batch * SHAPES[self.model].context
 
 
+def build(run: Run, device: torch.device) -> tuple[Llama, Sparsifier]:
+    """The model with its first weights, the same on every rank, and its 2:4 layers."""
+    torch.manual_seed(run.seed)
+    net = Llama(SHAPES[run.model]).to(device)
+    knobs = {} if run.decay is None else {"decay": run.decay}
+    method = METHODS[run.method](**knobs)
+    return net, sparsify(net, method, steps=run.steps, filter="*.mlp.*", every=run.every)
+
+
 class Training:
     """A run on this rank: `train()` it, `evaluate()` it, `finish()` it."""
 
     def __init__(
-        self, run: Run, text: Tensor, out: Path | None = None, wrap: str = "ddp", compile: bool = False
+        self,
+        run: Run,
+        text: Tensor,
+        out: Path | None = None,
+        wrap: str = "ddp",
+        compile: bool = False,
+        made: tuple[Llama, Sparsifier] | None = None,
     ) -> None:
-        self.run, self.out = run, out
+        """`made`: a model that is there already, and its sparsifier, in place of those that `run` describes."""
+        self.run, self.out, self.shape = run, out, SHAPES[run.model]
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.text = text.to(self.device)
-        self.shape = SHAPES[run.model]
-        torch.manual_seed(run.seed)
-        self.net = Llama(self.shape).to(self.device)
-        knobs = {} if run.decay is None else {"decay": run.decay}
-        self.sparse = sparsify(
-            self.net, METHODS[run.method](**knobs), steps=run.steps, filter="*.mlp.*", every=run.every
-        )
+        self.net, self.sparse = made or build(run, self.device)
         if compile:
             for block in self.net.blocks:
                 block.compile(fullgraph=True)
@@ -96,10 +105,10 @@ class Training:
         matrices = [p for p in self.net.parameters() if p.ndim == 2]
         rest = [p for p in self.net.parameters() if p.ndim != 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=cuda)
         self.sparse.attach(self.optimizer)
         torch.manual_seed(run.seed + 1 + self.rank)  # MVUE draws its own noise on every rank
-        self.step, self.tokens_per_second = 0, 0.0
+        self.step = 0
         if out is not None and (out / "checkpoint").exists():
             self._resume(out / "checkpoint")
 
@@ -137,14 +146,11 @@ class Training:
 
     def train(self, log: Callable[[dict[str, Any]], None], seconds: float = math.inf, save_every: int = 0) -> bool:
         """Steps to the end, or a checkpoint after `seconds`; was it the end?"""
-        begin = since = time.perf_counter()
+        begin = time.perf_counter()
         while self.step < self.run.steps:
             loss = self.take_step()
             if self.step % self.run.every == 0:
                 log({"step": self.step, "loss": round(self._mean(loss), 5), **self.sparse.metrics()})
-                now = time.perf_counter()
-                self.tokens_per_second = self.run.tokens / self.run.steps * self.run.every / (now - since)
-                since = now
             if save_every and self.step % save_every == 0:
                 self.save()
             if self._agreed(time.perf_counter() - begin > seconds):

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..patterns import transposable24
 from .choose import Filter
 from .fst import FST
+from .measures import virtual_mask
 from .method import Dense, Method
 from .sparsifier import Sparsifier, sparsify
 
@@ -46,21 +48,23 @@ def suggest_decay(
 
     `build()` returns the model with its first weights, the same each time. `train(model, sparsifier, steps)` takes
     that many optimizer steps of the warm-up with the real data and learning rates, after `sparsifier.attach(optimizer)`
-    or with its two steps called. mu, the flip rate against dense over the last quarter of the steps, falls as the decay
-    grows; FST (2404.01847) takes a decay whose mu lies in `interval`: above, masks dither; below, they freeze too
-    early. The logarithm of the decay is bisected; the nearest is returned where none is feasible (`Probe.feasible`).
+    or with its two steps called. mu is the flip rate of the masks that `method` makes, over that of the masks that it
+    would make of the dense run's weights, both over the last quarter of the steps. It falls as the decay grows; FST
+    (2404.01847) takes a decay whose mu lies in `interval`: above, masks dither; below, they freeze too early. The
+    logarithm of the decay is bisected; the nearest is returned where none is feasible (`Probe.feasible`).
     """
     method = FST() if method is None else method
     if "decay" not in getattr(method, "__dataclass_fields__", {}):
         raise ValueError(f"{method.name} has no decay to suggest; fix: method=FST() or SRSTE()")
     if steps < 4 or not 0 < bounds[0] < bounds[1] or not 0 < interval[0] < interval[1]:
         raise ValueError(f"steps={steps}, bounds={bounds}, interval={interval}; fix: 4 steps or more, rising positives")
-    dense = _flip_rate(build(), train, Dense(), steps, filter)
+    pattern = transposable24 if method.tiles else virtual_mask
+    dense = _flip_rate(build(), train, Dense(), steps, filter, pattern)
     if not dense:
         raise ValueError("no mask flipped in the dense run; fix: more steps, or a learning rate that is not zero")
 
     def measured(decay: float) -> float:
-        return _flip_rate(build(), train, _probed(method, decay), steps, filter) / dense
+        return _flip_rate(build(), train, _probed(method, decay), steps, filter, pattern) / dense
 
     tried = _bisect(measured, interval, bounds, tries)
     middle = math.sqrt(interval[0] * interval[1])
@@ -89,16 +93,26 @@ def _bisect(
     return tried
 
 
-def _flip_rate(model: nn.Module, train: Train, method: Method, steps: int, filter: Filter | None) -> float:
+def _flip_rate(
+    model: nn.Module,
+    train: Train,
+    method: Method,
+    steps: int,
+    filter: Filter | None,
+    pattern: Callable[[Tensor], Tensor],
+) -> float:
     """The mean over the last quarter of the steps."""
-    sparse = sparsify(model, method, filter=filter, every=1)
+    sparse = sparsify(model, method, filter=filter, every=steps + 1)
+    sparse.pattern = pattern
     rates: list[float] = []
-    take = sparse.after_step
+    step, first = sparse.after_step, steps - steps // 4
 
     def after_step() -> None:
-        take()
-        if sparse.step > steps - max(1, steps // 4):
+        step()
+        if sparse.step > first:
             rates.append(sparse.metrics()["flip_rate"])
+        if sparse.step == first:
+            sparse.measure_every(1)
 
     sparse.after_step = after_step  # type: ignore[method-assign]
     train(model, sparse, steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ class Sparsifier:
     def __init__(self, layers: list[Sparse24Linear], method: Method, plan: Schedule, every: int) -> None:
         self.layers, self.method, self.schedule, self.every = layers, method, plan, every
         self.step = 0
+        self.pattern: Callable[[Tensor], Tensor] = virtual_mask  # whose flips are measured
         self._before: list[Tensor] | None = None  # masks of the step before a measure
         self._measured: dict[str, Any] = {}
         self._hooks: list[Any] = []
@@ -123,9 +124,14 @@ class Sparsifier:
         """The layers, one for each weight."""
         return iter({id(layer.weight): layer for layer in self.layers}.values())
 
+    def measure_every(self, steps: int) -> None:
+        """From now on."""
+        self.every = steps
+        self._snapshot()
+
     def _snapshot(self) -> None:
         due = (self.step + 1) % self.every == 0
-        self._before = [virtual_mask(local(layer.weight)) for layer in self._unique()] if due else None
+        self._before = [self.pattern(local(layer.weight)) for layer in self._unique()] if due else None
 
     def _measure(self) -> None:
         """Kept on the device: no synchronisation until someone asks."""
@@ -135,7 +141,7 @@ class Sparsifier:
             held = local(layer.weight)
             zeros = three_zeros(held if layer.dense else local(layer.projected()))
             broken = (~finite(held)).long()
-            rows.append(summed(torch.stack([flips(before, virtual_mask(held)), zeros, broken]), layer.weight))
+            rows.append(summed(torch.stack([flips(before, self.pattern(held)), zeros, broken]), layer.weight))
         self._measured = {"step": self.step, "counts": torch.stack(rows)}
 
     def metrics(self) -> dict[str, float]:
