@@ -17,12 +17,10 @@ import argparse
 import fcntl
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain24_lines import TOKENS_A_PARAMETER, check_equal, dense_of, measured, scaling, summaries
 from results import append, environment
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +44,6 @@ from pretrain.loop import METHODS, Run, Training, ends_dense, join  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 LINES, CURVES = RESULTS / "pretrain24.jsonl", RESULTS / "pretrain24_curves.jsonl"
 DEFAULT = ("dense", "s_ste", "fst", "sr_ste", "ste")
-TOKENS_A_PARAMETER, SEEDS = 13, 3  # of the bar
 TIMED = 20  # steps that the speed is taken over
 
 
@@ -168,7 +166,7 @@ def collect(given: argparse.Namespace) -> None:
     """A line for each run, its curve, the summaries over all runs of these outcomes, the chart of the first seed."""
     runs = [json.loads(line) for file in given.outcomes for line in file.read_text().splitlines()]
     for run in runs:
-        _check_equal(run, dense_of(run, runs))
+        check_equal(run, dense_of(run, runs))
         for line in measured(run, dense_of(run, runs)):
             append(LINES, line)
         append(CURVES, {key: run[key] for key in ("model", "method", "seed", "tokens", "curve")})
@@ -177,105 +175,6 @@ def collect(given: argparse.Namespace) -> None:
         print(json.dumps({key: line[key] for key in ("summary", "case", "value", "must", "n")}))
     first = {run["method"]: run["curve"] for run in runs if run["seed"] == runs[0]["seed"]}
     chart.draw(first, given.chart or given.outcomes[0].with_suffix(".svg"))
-
-
-def dense_of(run: dict, runs: list[dict]) -> dict:
-    same = [r for r in runs if r["method"] == "dense" and (r["model"], r["seed"]) == (run["model"], run["seed"])]
-    if not same:
-        raise SystemExit(
-            f"{run['method']}, seed {run['seed']} has no dense run; fix: collect it with its dense outcome"
-        )
-    return same[-1]
-
-
-def _check_equal(run: dict, dense: dict) -> None:
-    if run["steps"] != dense["steps"] or run["batch"] != dense["batch"]:
-        raise SystemExit(f"{run['method']} and dense of seed {run['seed']} saw other data; fix: run them in one call")
-
-
-def late(run: dict) -> float:
-    """The mean flip rate over the last tenth of the steps."""
-    rates = [line["flip_rate"] for line in run["curve"] if line["step"] > 0.9 * run["steps"]]
-    return statistics.mean(rates or [run["curve"][-1]["flip_rate"]])
-
-
-def early_mu(run: dict, dense: dict) -> float:
-    """mu after the warm-up: flip rates against dense over the hundred steps behind it."""
-    both = zip(run["curve"], dense["curve"], strict=True)
-    rates = [(a["flip_rate"], b["flip_rate"]) for a, b in both if 0 <= a["step"] - run["warmup"] <= 100]
-    return sum(a for a, _ in rates) / sum(b for _, b in rates)
-
-
-def measured(run: dict, dense: dict) -> list[dict]:
-    """One line for each way to evaluate the run; `ratio` is dense's loss over ours."""
-    variants = {"dense_eval": run["finished_loss"]} if "one_shot_loss" in run else {"deployable": run["finished_loss"]}
-    if "one_shot_loss" in run:
-        variants["one_shot"] = run["one_shot_loss"]
-    shared = {"unit": "nats/byte", "spread": None, **run["environment"]}
-    about = {key: run[key] for key in ("steps", "tokens", "parameters", "train_bytes", "valid_bytes")}
-    about |= {"epochs": run["tokens"] / run["train_bytes"], "late_flip_rate": late(run), "mu": early_mu(run, dense)}
-    about |= {"step_seconds_alone": run.get("step_seconds_alone")}
-    return [
-        {
-            "bench": "pretrain24",
-            "case": {"model": run["model"], "method": run["method"], "seed": run["seed"], "variant": variant},
-            "ours": value,
-            "baseline": "dense, same seed, data and steps",
-            "baseline_value": dense["finished_loss"],
-            "ratio": dense["finished_loss"] / value,
-            "about": about,
-            **shared,
-        }
-        for variant, value in variants.items()
-    ]
-
-
-def summaries(runs: list[dict]) -> Iterator[dict]:
-    """The figures of the bars: means over the seeds, the spread beside them."""
-    found: dict[tuple, list[float]] = defaultdict(list)
-    for run in runs:
-        dense = dense_of(run, runs)
-        model, method = run["model"], run["method"]
-        variant = "dense_eval" if "one_shot_loss" in run else "deployable"
-        if method != "dense":
-            found["val_loss_gap", method, model, variant].append(run["finished_loss"] - dense["finished_loss"])
-            found["late_flip_rate_vs_dense", method, model, None].append(late(run) / late(dense))
-            if "step_seconds_alone" in run:
-                ratio = dense["step_seconds_alone"] / run["step_seconds_alone"]
-                found["step_time_ratio", method, model, None].append(ratio)
-        if "one_shot_loss" in run:
-            found["val_loss_gap", method, model, "one_shot"].append(run["one_shot_loss"] - dense["finished_loss"])
-    for (name, method, model, variant), values in found.items():
-        yield _summary(
-            name, {"method": method, "model": model} | ({"variant": variant} if variant else {}), values, runs
-        )
-
-
-BARS = {
-    ("val_loss_gap", "s_ste", "deployable"): 0.03,
-    ("val_loss_gap", "fst", "dense_eval"): 0.02,
-    ("late_flip_rate_vs_dense", "s_ste", None): 1.2,
-    ("late_flip_rate_vs_dense", "ste", None): 1.5,
-}
-
-
-def _summary(name: str, case: dict, values: list[float], runs: list[dict]) -> dict:
-    last, method = runs[-1]["environment"], case["method"]
-    rising = name == "step_time_ratio" or (name == "late_flip_rate_vs_dense" and method == "ste")
-    tokens = min(run["tokens"] / run["parameters"] for run in runs)
-    full = tokens >= TOKENS_A_PARAMETER and len(values) >= SEEDS
-    return {
-        "bench": "pretrain24",
-        "summary": name,
-        "case": case if full else case | {"tokens_a_parameter": round(tokens, 2)},  # a pilot stands for itself
-        "value": statistics.mean(values),
-        "sense": ">=" if rising else "<=",
-        "must": BARS.get((name, method, case.get("variant"))) if full else None,
-        "unit": "nats/byte" if name == "val_loss_gap" else "ratio",
-        "n": len(values),
-        "range": [min(values), max(values)],
-        **{key: last[key] for key in ("machine", "commit", "date")},
-    }
 
 
 def probe(given: argparse.Namespace) -> None:
@@ -330,28 +229,6 @@ def rank(given: argparse.Namespace) -> None:
         found = {"tokens_a_second": run.tokens / run.steps / seconds, "loss": loss, "steps": run.steps}
         append(given.outcomes, case | found | {"environment": environment(training.device.type)})
     dist.destroy_process_group()
-
-
-def scaling(found: list[dict]) -> Iterator[dict]:
-    """Efficiency: tokens a second over those of one rank, a rank. Loss: the difference from one rank's."""
-    one = found[0]
-    for run in found[1:]:
-        case = {key: run[key] for key in ("model", "method", "ranks", "wrap", "steps")}
-        efficiency = run["tokens_a_second"] / one["tokens_a_second"] / run["ranks"]
-        values = {"scaling_efficiency": (efficiency, ">=", "ratio")}
-        values["loss_difference"] = (abs(run["loss"] - one["loss"]), "<=", "nats/byte")
-        for name, (value, sense, unit) in values.items():
-            summary = {
-                "summary": name,
-                "case": case,
-                "value": value,
-                "sense": sense,
-                "must": None,
-                "unit": unit,
-                "n": 1,
-            }
-            about = {key: run["environment"][key] for key in ("machine", "commit", "date")}
-            yield {"bench": "pretrain24", **summary, "tokens_a_second": run["tokens_a_second"], **about}
 
 
 def _pair(given: str) -> tuple[str, float]:

@@ -195,8 +195,10 @@ def test_finalize_leaves_exactly_2_of_4_with_positive_zeros(method):
         assert not torch.signbit(layer.weight[layer.weight == 0]).any()
     torch.testing.assert_close(net(x), expected)
     assert all(p is parameters[n] for n, p in net.named_parameters())
-    with pytest.raises(RuntimeError, match="finalized already; fix"):
-        sparse.finalize()
+    assert sparse.metrics()["step"] == 12
+    for again in (sparse.finalize, sparse.state_dict):
+        with pytest.raises(RuntimeError, match="finalized already; fix"):
+            again()
 
 
 @pytest.mark.parametrize("method", [FST(), SSTE(dense_tail=0.5), Dense()], ids=lambda m: m.name)
@@ -412,7 +414,7 @@ def test_bad_models_and_filters_are_refused_by_name():
         def forward(self, input):
             return super().forward(input) * 2
 
-    with pytest.raises(ValueError, match="a Odd with a forward of its own; fix"):
+    with pytest.raises(ValueError, match="a Odd, which may multiply in its own way; fix"):
         sparsify(nn.ModuleDict({"mlp": nn.ModuleList([Odd(4, 4)])}), SSTE())
     with pytest.raises(ValueError, match=r"holds torch.int8; fix"):
         whole = nn.ModuleDict({"mlp": nn.ModuleList([nn.Linear(4, 4)])})

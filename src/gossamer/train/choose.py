@@ -15,7 +15,7 @@ Filter = str | Sequence[str] | Callable[[str, nn.Linear], bool]
 
 # The linear layers of feed-forward blocks, as the models of transformers, timm and nanoGPT name them.
 FEED_FORWARD = (
-    r"(.*\.)?(mlp|ffn|feed_forward|feedforward|fc|experts?)(\.\d+)*\.[\w.]*",
+    r"(.*\.)?(mlp|ffn|feed_forward|feedforward|experts?)(\.\d+)*\.[\w.]*",
     r".*\.(fc1|fc2|linear1|linear2|c_fc|gate_proj|up_proj|down_proj|gate_up_proj|dense_h_to_4h|dense_4h_to_h|wi|wi_\d|wo)",
     r".*\.intermediate\.dense",
     r"(?!.*attention).*\.output\.dense",
@@ -53,9 +53,10 @@ def _matches(filter: Filter | None, name: str, layer: nn.Linear) -> bool:
 def _check(name: str, layer: nn.Linear, method: Method) -> None:
     if isinstance(layer, Sparse24Linear):
         raise ValueError(f"{name} trains 2:4 already; fix: call sparsify once, or finalize() the first run")
-    if layer.forward.__func__ is not nn.Linear.forward:  # type: ignore[attr-defined]
+    if type(layer) is not nn.Linear:
         raise ValueError(
-            f"{name} is a {type(layer).__name__} with a forward of its own; fix: leave it out of the filter"
+            f"{name} is a {type(layer).__name__}, which may multiply in its own way; fix: leave it out of the filter, "
+            "or call sparsify before what made it of an nn.Linear (fully_shard of the layer alone, a parametrization)"
         )
     if layer.weight.is_meta:
         raise ValueError(f"{name} is on the meta device; fix: materialise and initialise the model before sparsify")

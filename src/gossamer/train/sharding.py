@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def is_sharded(a: Tensor) -> bool:
@@ -40,7 +40,7 @@ def summed(counts: Tensor, like: Tensor) -> Tensor:
     """Counts over this rank's part of `like` -> over all of it, on every rank (a collective where `like` is cut)."""
     if not isinstance(like, DTensor):
         return counts
-    how = [Partial() if isinstance(p, Shard) else Replicate() for p in like.placements]
+    how = [Replicate() if p.is_replicate() else Partial() for p in like.placements]
     return DTensor.from_local(counts, like.device_mesh, how).full_tensor()
 
 

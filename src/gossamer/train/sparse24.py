@@ -6,7 +6,6 @@ ties between them stay what they were. What a method keeps (a mask, a scale) are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,8 +97,3 @@ def restore(layer: Sparse24Linear) -> None:
     if type(layer) is Sparse24Linear:
         del layer.label, layer.method, layer.products, layer.dense
         layer.__class__ = nn.Linear  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, Sparse24Linear]]:
-    """The 2:4 layers of a model and their names."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, Sparse24Linear))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Literal
@@ -18,8 +17,6 @@ from .products import Products
 from .schedule import Schedule, schedule
 from .sharding import finite, local, summed
 from .sparse24 import Sparse24Linear, restore, swap
-
-log = logging.getLogger("gossamer")
 
 
 def sparsify(
@@ -136,13 +133,15 @@ class Sparsifier:
     def _measure(self) -> None:
         """Kept on the device: no synchronisation until someone asks."""
         assert self._before is not None
-        rows = []
-        for layer, before in zip(self._unique(), self._before, strict=True):
+        rows, layers = [], list(self._unique())
+        for layer, before in zip(layers, self._before, strict=True):
             held = local(layer.weight)
             zeros = three_zeros(held if layer.dense else local(layer.projected()))
             broken = (~finite(held)).long()
             rows.append(summed(torch.stack([flips(before, self.pattern(held)), zeros, broken]), layer.weight))
-        self._measured = {"step": self.step, "counts": torch.stack(rows)}
+        entries = sum(layer.weight.numel() for layer in layers)
+        names = [layer.label for layer in layers]
+        self._measured = {"step": self.step, "counts": torch.stack(rows), "entries": entries, "names": names}
 
     def metrics(self) -> dict[str, float]:
         """The newest measures: {"step", "flip_rate", "three_zeros"}; nothing before the first. Waits for the device.
@@ -153,10 +152,8 @@ class Sparsifier:
         """
         if not self._measured:
             return {}
-        counts = self._measured["counts"].cpu()
-        layers = list(self._unique())
-        self._refuse([layer for layer, bad in zip(layers, counts[:, 2], strict=True) if bad])
-        entries = sum(layer.weight.numel() for layer in layers)
+        counts, entries = self._measured["counts"].cpu(), self._measured["entries"]
+        self._refuse(self._measured["names"], counts[:, 2].tolist())
         return {
             "step": self._measured["step"],
             "flip_rate": int(counts[:, 0].sum()) / entries,
@@ -166,19 +163,25 @@ class Sparsifier:
     def check_finite(self) -> None:
         """FloatingPointError naming the layers whose weights are not finite (a collective where they are sharded)."""
         layers = list(self._unique())
-        bad = torch.stack([summed((~finite(layer.weight)).long(), layer.weight) for layer in layers]).tolist()
-        self._refuse([layer for layer, many in zip(layers, bad, strict=True) if many])
+        broken = torch.stack([summed((~finite(layer.weight)).long(), layer.weight) for layer in layers])
+        self._refuse([layer.label for layer in layers], broken.tolist())
 
-    def _refuse(self, layers: list[Sparse24Linear]) -> None:
-        if layers:
-            names = ", ".join(layer.label for layer in layers[:3])
+    def _refuse(self, names: list[str], broken: list[int]) -> None:
+        bad = [name for name, many in zip(names, broken, strict=True) if many]
+        if bad:
             raise FloatingPointError(
-                f"step {self.step}: {len(layers)} weights are not finite ({names}), as NaN gradients leave them; fix: "
-                "resume from the last checkpoint with a lower learning rate, clip gradients, or use a GradScaler"
+                f"step {self.step}: {len(bad)} weights are not finite ({', '.join(bad[:3])}), as NaN gradients leave "
+                "them; fix: resume from the last checkpoint with a lower learning rate, clip gradients, or use a "
+                "GradScaler"
             )
+
+    def _running(self) -> None:
+        if not self.layers:
+            raise RuntimeError("the run is finalized already; fix: take its state before, and finalize once")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model, optimizer and generators; FloatingPointError on broken weights."""
+        self._running()
         self.check_finite()
         kept = {layer.label: {n: t.clone() for n, t in layer.state().items()} for layer in self.layers}
         shapes = {layer.label: list(layer.weight.shape) for layer in self.layers}
@@ -194,9 +197,8 @@ class Sparsifier:
         self.step = state["step"]
         self._enter(self.phase == "dense")
         for layer in self.layers:
-            for name, tensor in state["layers"][layer.label].items():
-                if name in layer.state():
-                    layer.state()[name].copy_(tensor)
+            for name, tensor in layer.state().items():
+                tensor.copy_(state["layers"][layer.label][name])
         self._measured = {}
         self._snapshot()
 
@@ -223,12 +225,11 @@ class Sparsifier:
         """
         if keep not in ("sparse", "dense"):
             raise ValueError(f"keep={keep!r} is unknown; fix: sparse or dense")
-        if not self.layers:
-            raise RuntimeError("the run is finalized already; fix: call finalize once")
+        self._running()
         if keep == "sparse" and (self.schedule.ends_dense or self.phase == "dense" or self.method.name == "dense"):
             raise RuntimeError(
-                f"a run of {self.method.name} that ends dense has no 2:4 model to keep: pruning it now would lose what "
-                'the dense steps learned; fix: finalize(keep="dense"), or train with dense_tail=0'
+                f"a run of {self.method.name} that is dense now, or at its end, has no 2:4 model to keep, and pruning "
+                'it would lose what the dense steps learned; fix: finalize(keep="dense"), or train with dense_tail=0'
             )
         self.check_finite()
         if keep == "sparse":
