@@ -8,9 +8,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import gossamer
-from gossamer import checkpoint, formats
+from gossamer import checkpoint, formats, patterns
 from gossamer.stats import Stats
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,16 @@ def test_sparse_digits_cost_what_was_asked_and_find_their_class():
     cost, found, pixels = load("sparse_digits")(target=1.0, steps=100)
     assert 1 / 1.3 < cost < 1.3
     assert found > pixels - 0.02
+
+
+def test_pretrain_24_ends_with_2_of_4_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    for part in ("train", "valid"):
+        (tmp_path / f"x.{part}.txt").write_text("to be or not to be, that is the question; " * 40)
+    small = ["--model", "tiny", "--steps", "20", "--batch", "8", "--warmup", "5", "--lr", "0.01"]
+    assert load("pretrain_24")([str(tmp_path), str(tmp_path / "out"), *small]) < 4.5
+    weight = load_file(tmp_path / "out" / "model.safetensors")["blocks.1.mlp.down.weight"]
+    assert patterns.is_24(weight) and weight.count_nonzero() > 0.4 * weight.numel()
 
 
 def test_every_example_is_short_and_tested():

@@ -1,0 +1,72 @@
+"""The lines of benchmarks/bench_pretrain24.py from outcomes made up for it."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+LINES = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pretrain24_lines.py"))
+ABOUT = {"machine": "M", "commit": "c", "date": "d"}
+
+
+def outcome(method, seed, loss, flip, tokens=1300, **more):
+    curve = [{"step": step, "flip_rate": 0.5 if step < 100 else flip} for step in range(10, 110, 10)]
+    shared = {"model": "m", "steps": 100, "batch": 2, "warmup": 20, "tokens": tokens, "parameters": 100}
+    found = {"finished_loss": loss, "train_bytes": 650, "valid_bytes": 9, "step_seconds_alone": 2.0}
+    return {"method": method, "seed": seed, "curve": curve, "environment": ABOUT} | shared | found | more
+
+
+def runs(seeds, **more):
+    dense = [outcome("dense", s, 1.0, 0.1, one_shot_loss=1.25, **more) for s in range(seeds)]
+    ours = [outcome("s_ste", s, 1.0 + 0.01 * (s + 1), 0.2, step_seconds_alone=4.0, **more) for s in range(seeds)]
+    return dense + ours
+
+
+def test_summaries_are_means_over_the_seeds_held_to_the_bars():
+    found = {(x["summary"], x["case"]["method"]): x for x in LINES["summaries"](runs(3))}
+    gap = found["val_loss_gap", "s_ste"]
+    assert gap["value"] == pytest.approx(0.02) and gap["range"] == pytest.approx([0.01, 0.03]) and gap["n"] == 3
+    assert (gap["must"], gap["sense"]) == (0.03, "<=")
+    assert gap["case"] == {"method": "s_ste", "model": "m", "variant": "deployable"}
+    assert found["late_flip_rate_vs_dense", "s_ste"]["value"] == pytest.approx(2)
+    assert found["step_time_ratio", "s_ste"]["value"] == 0.5
+    assert found["val_loss_gap", "dense"]["value"] == 0.25
+    assert found["val_loss_gap", "dense"]["case"]["variant"] == "one_shot"
+
+
+@pytest.mark.parametrize(("seeds", "tokens"), [(1, 1300), (3, 1299)])
+def test_too_few_seeds_or_tokens_are_a_pilot_and_meet_no_bar(seeds, tokens):
+    for line in LINES["summaries"](runs(seeds, tokens=tokens)):
+        assert line["must"] is None and line["case"]["tokens_a_parameter"] == round(tokens / 100, 2)
+
+
+def test_a_run_has_a_line_for_each_way_to_evaluate_it():
+    dense, ours = runs(1)
+    first, second = LINES["measured"](dense, dense)
+    assert [line["case"]["variant"] for line in (first, second)] == ["dense_eval", "one_shot"]
+    assert second["ratio"] == pytest.approx(0.8) and first["about"]["epochs"] == 2
+    (line,) = LINES["measured"](ours, dense)
+    assert line["ours"] == 1.01 and line["baseline_value"] == 1.0 and line["about"]["mu"] == pytest.approx(4.2 / 4.1)
+
+
+def test_runs_of_other_data_or_without_dense_are_refused():
+    dense, ours = runs(1)
+    with pytest.raises(SystemExit, match="saw other data; fix"):
+        LINES["check_equal"](ours | {"steps": 99}, dense)
+    with pytest.raises(SystemExit, match="has no dense run; fix"):
+        LINES["dense_of"](ours | {"seed": 7}, [dense, ours])
+
+
+def test_scaling_is_measured_against_one_rank():
+    shared = {"model": "m", "method": "s_ste", "steps": 8, "environment": ABOUT}
+    one = shared | {"ranks": 1, "wrap": "ddp", "tokens_a_second": 100.0, "loss": 1.0}
+    two = shared | {"ranks": 2, "wrap": "fsdp", "tokens_a_second": 150.0, "loss": 0.75}
+    found = {line["summary"]: line for line in LINES["scaling"]([one, two])}
+    assert found["scaling_efficiency"]["value"] == 0.75 and found["loss_difference"]["value"] == 0.25
+    assert found["scaling_efficiency"]["case"] == {
+        "model": "m",
+        "method": "s_ste",
+        "ranks": 2,
+        "wrap": "fsdp",
+        "steps": 8,
+    }

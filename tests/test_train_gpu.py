@@ -1,0 +1,114 @@
+"""2:4 training on a GPU: the same masks, FP8 units, compiled and captured steps, fp16 with a GradScaler."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer import patterns
+from gossamer.train import FST, SRSTE, SSTE, Fp8Products, Products, sparsify
+
+pytestmark = pytest.mark.gpu
+METHODS = [SRSTE(decay=0.01), FST(refresh=2, dense_tail=0, mvue=False), SSTE(), SSTE(beta="dynamic"), SSTE(fp8=True)]
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))}).cuda()["mlp"]
+
+
+def test_patterns_are_those_of_the_cpu():
+    w = torch.cat([torch.randn(64, 256), torch.zeros(4, 256), torch.randint(-2, 3, (60, 256)).float()])
+    u = patterns.uniforms24(w)
+    for f in (patterns.hard24, patterns.soft24, patterns.transposable24):
+        assert torch.equal(f(w.cuda()).cpu(), f(w)), f.__name__
+    for f in (patterns.mvue24, patterns.mvue24_exact):
+        torch.testing.assert_close(f(w.cuda(), u.cuda()).cpu(), f(w, u))
+    assert patterns.is_24(patterns.mvue24(w.cuda()))
+
+
+def test_fp8_units_give_the_numbers_of_the_simulation():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 units")
+    x, w = (torch.randn(n, 128, device="cuda", dtype=torch.bfloat16) for n in (32, 64))
+    found = Fp8Products().forward(x, w)
+    simulated = Fp8Products().forward(x.cpu(), w.cpu())
+    torch.testing.assert_close(found.cpu().float(), simulated.float(), rtol=0.02, atol=0.1)
+    exact = x.float() @ w.float().T
+    assert 0.005 < (found - exact).norm() / exact.norm() < 0.06
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_a_compiled_step_is_the_eager_one(method):
+    eager = model()
+    compiled = copy.deepcopy(eager)
+    x = torch.randn(32, 64, device="cuda")
+    torch._dynamo.reset()
+    for net in (eager, compiled):
+        sparse = sparsify(net, method, filter="*", every=2)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True, eps=1e-3)
+        sparse.attach(optimizer)
+        run = torch.compile(net, fullgraph=True) if net is compiled else net
+        for _ in range(3):
+            with torch.autocast("cuda", torch.bfloat16):
+                y = run(x)
+            y.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert sparse.metrics()["step"] == 2
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+
+
+def test_a_captured_step_follows_the_weights_and_new_masks():
+    net, x = model(), torch.randn(32, 64, device="cuda")
+    sparse = sparsify(net, FST(dense_tail=0, mvue=False), filter="*")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        net(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = net(x)
+    with torch.no_grad():
+        for layer in sparse.layers:
+            layer.weight.normal_()
+            layer.renew()
+    graph.replay()
+    torch.testing.assert_close(y, net(x))
+
+
+def test_mvue_draws_anew_in_every_replay():
+    dz = torch.randn(64, 32, device="cuda")
+    Products.sampled(dz)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = Products.sampled(dz)
+    graph.replay()
+    first = drawn.clone()
+    graph.replay()
+    assert patterns.is_24(drawn) and not torch.equal(first, drawn)
+
+
+def test_half_precision_with_a_grad_scaler_trains_and_ends_2_of_4():
+    net = model()
+    sparse = sparsify(net, SRSTE(), filter="*")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    sparse.attach(optimizer)
+    scaler = torch.amp.GradScaler("cuda")
+    losses = []
+    x = torch.randn(64, 64, device="cuda")
+    for _ in range(20):
+        with torch.autocast("cuda", torch.float16):
+            loss = (net(x).float() - x).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and sparse.step >= 18
+    sparse.finalize()
+    assert patterns.is_24(net[0].weight) and patterns.is_24(net[2].weight)
