@@ -1,0 +1,84 @@
+"""`nm24` (2:4) on NVIDIA GPUs at prefill: cuSPARSELt, with plans that are kept and algorithms that were tried out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import cslt
+from ..cslt import Algorithm, Problem
+from ..formats import Format
+from . import Case, Kernel, KernelError, Packed
+from .cuda_nm24 import check, dtype_of, rows_of, unfit
+
+VARIANTS = ()  # the library's kernels are not ours to compile
+SIZES = (512, 1024, 2048, 4096, 16384)  # tokens for which an algorithm is looked for; others go with the next
+MIN_TOKENS = 128
+
+
+class CudaNm24Vendor(Kernel):
+    """bfloat16 and float16 x, 128 tokens or more, 2:4 weights whose sizes are multiples of 16."""
+
+    name: ClassVar[str] = "cuda_nm24_vendor"
+    device: ClassVar[str] = "cuda"
+    formats: ClassVar[tuple[str, ...]] = ("nm24",)
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        if reason := cslt.refusal(case.device) or unfit(case):
+            return reason
+        if case.tokens < MIN_TOKENS:
+            return f"at least {MIN_TOKENS} tokens"
+        rows, cols = case.spec["shape"]
+        problem = Problem(rows, cols, SIZES[0], case.dtype, case.dtype)
+        return problem.refuses() or (None if _algorithms(problem, _index(case.device)) else "a product that is right")
+
+    @classmethod
+    def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
+        check(cls.name, a, dtype)
+        dense = a.decode(dtype).detach().contiguous()
+        if reason := cslt.refusal(dense.device):
+            raise KernelError(f"{cls.name} needs {reason}; fix: choose another kernel")
+        problem = Problem(*a.shape, SIZES[0], dtype, dtype)
+        if reason := problem.refuses():
+            raise KernelError(f"{cls.name} needs {reason}; fix: choose another kernel")
+        found = _algorithms(problem, dense.get_device())
+        if not found:
+            raise KernelError(f"no algorithm of cuSPARSELt is right on {problem}; fix: choose another kernel")
+        meta = {"rows": a.shape[0], "cols": a.shape[1], "bf16": dtype == torch.bfloat16, "algorithms": found}
+        return Packed((cslt.compress(dense),), meta)
+
+    @classmethod
+    def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        flat = rows_of(cls.name, x, meta)
+        tokens, rows, dtype = flat.shape[0], meta["rows"], dtype_of(meta)
+        if tokens % 8:
+            flat = pad(flat, (0, 0, 0, -tokens % 8))
+        if bias is not None:
+            bias = bias.to(dtype).contiguous()
+        where = bias.data_ptr() if bias is not None else 0
+        problem = Problem(rows, meta["cols"], flat.shape[0], dtype, dtype, bias=where)
+        y = cslt.matmul(packed[0], problem, flat, _choice(meta["algorithms"], tokens))
+        return y[:tokens].view(*x.shape[:-1], rows)
+
+
+def _choice(algorithms: Sequence[Sequence[int]], tokens: int) -> Algorithm:
+    """Of the smallest size that the tokens fit in, else of the largest."""
+    found = next((a for a in algorithms if tokens <= a[0]), algorithms[-1])
+    return Algorithm(*found[1:])
+
+
+@cache
+def _algorithms(problem: Problem, index: int) -> list[list[int]]:
+    """[tokens, the algorithm] of each size that has one, ascending."""
+    found = [(n, cslt.best(problem._replace(columns=n), index)) for n in SIZES]
+    return [[n, *best[0]] for n, best in found if best]
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
