@@ -99,7 +99,7 @@ TILES = 1 << 18  # scored at once by transposable24, 90 float32 scores each
 def transposable24(w: Tensor) -> Tensor:
     """Bool mask [M, K], M and K multiples of 4: of every 4x4 tile the half with the most |w| that is 2:4 both ways.
 
-    Exact: all 90 patterns are compared (FST, 2404.01847, section 5.1). Ties fall to the first pattern. Two per row and
+    Exact: all 90 patterns are compared (FST, 2404.01847). Ties fall to the first pattern. Two per row and
     two per column of every tile are set, whatever `w` holds.
     """
     m, k = w.shape
