@@ -8,7 +8,7 @@ library's compression take over. bfloat16 and float16.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -28,21 +28,19 @@ def _rows(bf16: bool, soft: bool, dense: bool) -> nvrtc.Function:
 
 
 def _tiles(bf16: bool) -> nvrtc.Function:
-    return _function("pack24_tiles.cuh", "pack24_tiles", "PPPPPqq", BF16=bf16)
+    return _function("pack24_tiles.cuh", "pack24_tiles", "PPPPqq", BF16=bf16)
 
 
 def _search(bf16: bool) -> nvrtc.Function:
     return _function("pack24_tiles.cuh", "search24", "PPqq", BF16=bf16)
 
 
-def _act(bf16: bool, act: int, gated: bool) -> nvrtc.Function:
-    macros = {"BF16": bf16, "ACT": act, "GATED": gated, "ESTIMATE": True, "GIVEN": False}
-    return _function("act24.cuh", "act24", "PPqq", **macros)
+def _act(entry: str, args: str, bf16: bool, act: int, gated: bool, given: bool = False) -> nvrtc.Function:
+    return _function("act24.cuh", entry, args, BF16=bf16, ACT=act, GATED=gated, GIVEN=given)
 
 
-def _mvue(bf16: bool, act: int, gated: bool, estimate: bool, given: bool) -> nvrtc.Function:
-    macros = {"BF16": bf16, "ACT": act, "GATED": gated, "ESTIMATE": estimate, "GIVEN": given}
-    return _function("act24.cuh", "mvue24", "PPPPPPqq", **macros)
+_forward, _back = partial(_act, "act24", "PPqq"), partial(_act, "act24_back", "PPPqq")
+_mvue = partial(_act, "mvue24", "PPPPPPqq")
 
 
 @cache
@@ -54,10 +52,8 @@ VARIANTS = (
     *(_rows(soft, soft, dense) for soft in (False, True) for dense in (False, True)),
     *(_tiles(bf16) for bf16 in (False, True)),
     _search(True),
-    *(_act(act != 2, act, gated) for act in (1, 2) for gated in (False, True)),
-    *(_mvue(act != 2, act, gated, True, False) for act in (1, 2) for gated in (False, True)),
-    *(_mvue(True, 0, False, True, given) for given in (False, True)),
-    *(_mvue(True, 1, gated, False, False) for gated in (False, True)),
+    *(entry(act != 2, act, gated) for entry in (_forward, _back, _mvue) for act in (1, 2) for gated in (False, True)),
+    *(_mvue(True, 0, False, given) for given in (False, True)),
 )
 
 
@@ -149,29 +145,29 @@ def mask_of(masks: Tensor) -> Tensor:
     return kept.permute(0, 2, 1, 3).reshape(4 * rows, 4 * cols)
 
 
-def compressed_both(w: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(W compressed, W^T compressed, W dense), of `w` under masks that `transposable` found, then or earlier."""
+def compressed_both(w: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, W^T), compressed, of `w` under masks that `transposable` found, then or earlier."""
     _require(w, "compressed_both")
     w = w.detach().contiguous()
     rows, cols = w.shape
     out, out_t = _packed(rows, cols, w), _packed(cols, rows, w)
-    dense, grid = torch.empty_like(w), (cols // TILE, rows // TILE, 1)
-    _tiles(w.dtype == torch.bfloat16).launch(grid, (128, 1, 1), w, masks, out, out_t, dense, rows, cols)
-    return out, out_t, dense
+    grid = cols // TILE, rows // TILE, 1
+    _tiles(w.dtype == torch.bfloat16).launch(grid, (128, 1, 1), w, masks, out, out_t, rows, cols)
+    return out, out_t
 
 
 def estimate_t(g: Tensor, uniforms: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """An unbiased 2:4 estimate of g^T, compressed; g [tokens, N]. The compressed twin of `patterns.mvue24(g.mT)`.
 
-    `uniforms`: float32 [N, tokens / 4, 2] as `patterns.uniforms24` makes them; drawn where None, in the kernel, from one
-    number of the generator.
+    `uniforms`: float32 [N, tokens / 4, 2] as `patterns.uniforms24` makes them; where None they are drawn in the kernel,
+    from one number of the generator.
     """
     g = g.detach().contiguous()
     if refusal(g):
         return cslt.compress(mvue24(g.mT.contiguous(), uniforms, generator))
     tokens, wide = g.shape
     out, none = _packed(wide, tokens, g), _none(g.device)
-    kernel = _mvue(g.dtype == torch.bfloat16, 0, False, True, uniforms is not None)
+    kernel = _mvue(g.dtype == torch.bfloat16, 0, False, uniforms is not None)
     seed = none if uniforms is not None else _seed(g.device, generator)
     given = none if uniforms is None else uniforms.float().contiguous()
     kernel.launch((wide // TILE, tokens // TILE, 1), (64, 1, 1), none, g, none, out, seed, given, tokens, wide)
@@ -182,23 +178,26 @@ def activate(z: Tensor, act: Act, gated: bool) -> Tensor:
     """h [tokens, F] = f(z), or with `gated` f(gate) * up of z [tokens, 2 F] = [gate | up]."""
     tokens, wide = z.shape[0], z.shape[1] // (1 + gated)
     h = torch.empty(tokens, wide, dtype=z.dtype, device=z.device)
-    kernel = _act(z.dtype == torch.bfloat16, ACTS[act], gated)
-    kernel.launch((-(-tokens * wide // 8 // 256), 1, 1), (256, 1, 1), z, h, tokens, wide)
+    kernel = _forward(z.dtype == torch.bfloat16, ACTS[act], gated)
+    kernel.launch((-(-tokens * wide // 2048), 1, 1), (256, 1, 1), z, h, tokens, wide)
     return h
 
 
 def activate_backward(
     z: Tensor, dh: Tensor, act: Act, gated: bool, estimate: bool, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(dz, an unbiased 2:4 estimate of dz^T, compressed, or None) of `activate`; in one pass. Sizes: multiples of 64."""
+    """(dz, an unbiased 2:4 estimate of dz^T, compressed, or None) of `activate`, in one pass.
+
+    Tokens and F are multiples of 64.
+    """
     tokens, wide = dh.shape
     dz = torch.empty_like(z)
-    out = _packed(z.shape[1], tokens, z) if estimate else None
-    none = _none(z.device)
-    seed = _seed(z.device, generator) if estimate else none
-    kernel = _mvue(z.dtype == torch.bfloat16, ACTS[act], gated, estimate, False)
-    grid = wide // TILE, tokens // TILE, 1
-    kernel.launch(grid, (64, 1, 1), z, dh, dz, none if out is None else out, seed, none, tokens, wide)
+    kind = z.dtype == torch.bfloat16, ACTS[act], gated
+    if not estimate:
+        _back(*kind).launch((-(-tokens * wide // 2048), 1, 1), (256, 1, 1), z, dh, dz, tokens, wide)
+        return dz, None
+    out, seed, grid = _packed(z.shape[1], tokens, z), _seed(z.device, generator), (wide // TILE, tokens // TILE, 1)
+    _mvue(*kind).launch(grid, (64, 1, 1), z, dh, dz, out, seed, _none(z.device), tokens, wide)
     return dz, out
 
 
@@ -219,4 +218,3 @@ def _seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
 @cache
 def _none(device: torch.device) -> Tensor:
     return torch.empty(0, device=device)
-

@@ -1,7 +1,7 @@
-// The middle of a feed-forward block, and MVUE. `act24`: h = f(z), or f(gate) * up for z = [gate | up]. `mvue24`: the
-// gradient of z from that of h, and an unbiased 2:4 estimate of its transpose, compressed (Chmiel et al., 2203.10991; FST,
-// 2404.01847, section 4.3). Macros: BF16; ACT: 0 identity, 1 silu, 2 gelu by tanh; GATED; ESTIMATE (0: the gradient
-// alone); GIVEN (1): uniform numbers are read, else Philox makes them.
+// The middle of a feed-forward block, and MVUE. `act24`: h = f(z), or f(gate) * up for z = [gate | up]. `act24_back`: the
+// gradient of z from that of h. `mvue24`: that, and an unbiased 2:4 estimate of its transpose, compressed (Chmiel et al.,
+// 2203.10991; FST, 2404.01847). Macros: BF16; ACT: 0 identity, 1 silu, 2 gelu by tanh; GATED; GIVEN (1): uniform numbers
+// are read, else Philox makes them.
 #include "pack24.cuh"
 
 constexpr int PITCH = 66;
@@ -37,6 +37,41 @@ extern "C" __global__ void __launch_bounds__(256) act24(const u16* z, u16* h, i6
     gate[j] = narrow(GATED ? y * widen(up[j]) : y);
   }
   *(uint4*)(h + i) = *(const uint4*)gate;
+}
+
+// The gradients of 8 values of z, of the gate and of up, in the place of that of h and of up.
+__device__ inline void back(u16 (&g)[8], const u16 (&a)[8], u16 (&b)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float y, slope;
+    act(widen(a[j]), y, slope);
+    const float grad = widen(g[j]);
+    g[j] = narrow(GATED ? grad * widen(b[j]) * slope : grad * slope);
+    if (GATED) b[j] = narrow(grad * y);
+  }
+}
+
+// 8 values of dh at `token` and `col` -> those of dz, which are stored. `g`: of z or of the gate; `b`: of up.
+__device__ inline void back_at(const u16* z, const u16* dh, u16* dz, i64 token, i64 col, i64 wide, u16 (&g)[8],
+                               u16 (&b)[8]) {
+  alignas(16) u16 a[8];
+  const i64 place = token * wide * (1 + GATED) + col;
+  *(uint4*)g = *(const uint4*)(dh + token * wide + col);
+  if (!ACT) return;
+  *(uint4*)a = *(const uint4*)(z + place);
+  if (GATED) *(uint4*)b = *(const uint4*)(z + place + wide);
+  back(g, a, b);
+  *(uint4*)(dz + place) = *(const uint4*)g;
+  if (GATED) *(uint4*)(dz + place + wide) = *(const uint4*)b;
+}
+
+// Grid and block as of act24.
+extern "C" __global__ void __launch_bounds__(256)
+    act24_back(const u16* z, const u16* dh, u16* dz, i64 tokens, i64 wide) {
+  const i64 i = ((i64)blockIdx.x * 256 + threadIdx.x) * 8, token = i / wide, col = i % wide;
+  if (token >= tokens) return;
+  alignas(16) u16 g[8], b[8];
+  back_at(z, dh, dz, token, col, wide, g, b);
 }
 
 // Philox-4x32-10 (Salmon et al., SC 2011).
@@ -104,36 +139,15 @@ extern "C" __global__ void __launch_bounds__(64)
   const int thread = threadIdx.x;
 #pragma unroll 4
   for (int i = thread; i < 512; i += 64) {
-    const i64 token = top + i / 8, col = left + i % 8 * 8;
-    alignas(16) u16 g[8], a[8], b[8];
-    *(uint4*)g = *(const uint4*)(dh + token * wide + col);
-    if (ACT) {
-      *(uint4*)a = *(const uint4*)(z + token * stride + col);
-      if (GATED) *(uint4*)b = *(const uint4*)(z + token * stride + wide + col);
+    alignas(16) u16 g[8], b[8];
+    back_at(z, dh, dz, top + i / 8, left + i % 8 * 8, wide, g, b);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float y, slope;
-        act(widen(a[j]), y, slope);
-        const float grad = widen(g[j]);
-        if (GATED) {
-          g[j] = narrow(grad * widen(b[j]) * slope);
-          b[j] = narrow(grad * y);
-        } else {
-          g[j] = narrow(grad * slope);
-        }
-      }
-      *(uint4*)(dz + token * stride + col) = *(const uint4*)g;
-      if (GATED) *(uint4*)(dz + token * stride + wide + col) = *(const uint4*)b;
-    }
-    if (ESTIMATE) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        ((u32*)(tiles[0] + i / 8 * PITCH + i % 8 * 8))[j] = ((const u32*)g)[j];
-        if (GATED) ((u32*)(tiles[GATED] + i / 8 * PITCH + i % 8 * 8))[j] = ((const u32*)b)[j];
-      }
+    for (int j = 0; j < 4; ++j) {
+      const int to = i / 8 * PITCH + i % 8 * 8;
+      ((u32*)(tiles[0] + to))[j] = ((const u32*)g)[j];
+      if (GATED) ((u32*)(tiles[GATED] + to))[j] = ((const u32*)b)[j];
     }
   }
-  if (!ESTIMATE) return;
   __syncthreads();
   const int from = thread / 32 * 32, line = thread / 8 % 4 * 16 + thread % 8;
   const u64 key = GIVEN ? 0 : *seed;

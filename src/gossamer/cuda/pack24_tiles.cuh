@@ -1,6 +1,6 @@
 // What is 2:4 both ways. `search24`: of every 4 x 4 tile the best of the 90 masks with two per row and column (FST,
 // 2404.01847, section 5.1), as four nibbles of metadata, one a row. `pack24_tiles`: the matrix under such masks, and its
-// transpose, compressed. Macros: BF16; DENSE (1): the masked matrix as well.
+// transpose, compressed. Macro: BF16.
 #include "pack24.cuh"
 
 constexpr int PITCH = 66;  // values of a row in shared memory: neighbours in a column lie in different banks
@@ -29,10 +29,14 @@ __device__ constexpr Fair all_fair() {
   return found;
 }
 
+struct Masks {
+  static constexpr Fair fair = all_fair();  // found once: the compiler would take seconds to do it in each of 90 places
+};
+
 // Sums of the pairs of each row -> the nibbles of the first best mask.
 template <int I> __device__ inline void try_mask(const float (&sums)[4][6], float& best, u32& chosen) {
-  constexpr Fair FAIR = all_fair();
-  constexpr int A = FAIR.pairs[I][0], B = FAIR.pairs[I][1], C = FAIR.pairs[I][2], D = FAIR.pairs[I][3];
+  constexpr int A = Masks::fair.pairs[I][0], B = Masks::fair.pairs[I][1], C = Masks::fair.pairs[I][2],
+                D = Masks::fair.pairs[I][3];
   constexpr u32 CODE =
       nibble_of_pair(A) | nibble_of_pair(B) << 4 | nibble_of_pair(C) << 8 | nibble_of_pair(D) << 12;
   const float score = sums[0][A] + sums[1][B] + sums[2][C] + sums[3][D];
@@ -67,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(128) search24(const u16* w, u16* ma
 // A block takes 64 x 64; one half of its threads compresses the rows, the other the columns. Grid: (cols / 64, rows /
 // 64), block 128.
 extern "C" __global__ void __launch_bounds__(128)
-    pack24_tiles(const u16* w, const u16* masks, u8* out, u8* out_t, u16* dense, i64 rows, i64 cols) {
+    pack24_tiles(const u16* w, const u16* masks, u8* out, u8* out_t, i64 rows, i64 cols) {
   __shared__ __align__(16) u16 tile[64 * PITCH];
   __shared__ u16 kept[16][16];
   const i64 top = (i64)blockIdx.y * 64, left = (i64)blockIdx.x * 64;
@@ -93,11 +97,6 @@ extern "C" __global__ void __launch_bounds__(128)
         nibble = kept[row / 4][col / 4] >> 4 * (row % 4) & 15;
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = tile[row * PITCH + col + i];
-        u16 masked[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) masked[i] = bits_of(nibble) >> i & 1 ? plain_zero(v[i]) : 0;
-        *(uint2*)(dense + (top + row) * cols + left + col) =
-            {masked[0] | (u32)masked[1] << 16, masked[2] | (u32)masked[3] << 16};
       } else {
         const u32 mask = kept[col / 4][row / 4];
         u32 bits = 0;

@@ -112,7 +112,9 @@ def check(name: str, a: Format, dtype: torch.dtype) -> None:
         raise KernelError(f"{name} takes x in bfloat16 or float16, not {dtype}; fix: convert the model")
 
 
-def launch(x: Tensor, stages: Tensor, meta: dict[str, Any], bias: Tensor | None, y: Tensor, cut: Cut | None = None) -> None:
+def launch(
+    x: Tensor, stages: Tensor, meta: dict[str, Any], bias: Tensor | None, y: Tensor, cut: Cut | None = None
+) -> None:
     """y [N, M] = x [N, K] A^T + bias, for at most 64 rows of x, as `rows_of` leaves them."""
     tokens, device = x.shape[0], gpu(x.get_device())
     work = work_of(tokens, meta)

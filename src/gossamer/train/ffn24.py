@@ -1,15 +1,15 @@
 """The feed-forward block of a transformer in 2:4 training: sparse products, and all between them, fused.
 
 Of a linear layer z = x W^T three products are made: F forward (z), D for the gradient of x, G for that of W. Which of
-them are sparse is a *recipe*: "s_ste" F (2409.09099: soft threshold, D needs no mask), "transposable" F and D, and "fst" F,
-D and G (2404.01847: one mask that is 2:4 both ways, and an unbiased 2:4 estimate of dz^T). Weights are pruned and
+them are sparse is a *recipe*: "s_ste" F (2409.09099: soft threshold, D needs no mask), "transposable" F and D, and "fst"
+F, D and G (2404.01847: one mask that is 2:4 both ways, and an unbiased 2:4 estimate of dz^T). Weights are pruned and
 compressed once per optimizer step; a product that this GPU runs no faster sparse stays dense.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import torch
@@ -25,25 +25,32 @@ WORTH = 0.98  # of the dense product's time: what a sparse one may take
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A weight [N, K] pruned for one optimizer step: compressed for F, for D, and dense for what runs dense."""
+    """A weight [N, K] pruned for one optimizer step: compressed for F and for D, dense for what runs dense."""
 
     shape: tuple[int, int]
     forward: Tensor
     backward: Tensor | None
-    dense: Tensor
     estimate: bool  # is G sparse?
+    source: tuple[Tensor, Tensor | None]  # (the pruned weight, None) or (the weight, its masks)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Made when it is asked for; the weight must not have changed since."""
+        w, masks = self.source
+        return w if masks is None else torch.where(cuda_patterns.mask_of(masks), w, 0)
 
 
+@torch.compiler.disable
 def prune(w: Tensor, recipe: Recipe, masks: Tensor | None = None, scale: Tensor | None = None) -> Pruned:
     """`masks`: of `cuda_patterns.transposable`, found now where None; `scale`: S-STE's beta, 1 where None."""
     w = w.detach()
     shape = w.shape[0], w.shape[1]
     if recipe == "s_ste":
         forward, dense = cuda_patterns.prune(w, "soft", scale)
-        return Pruned(shape, forward, None, dense, False)
+        return Pruned(shape, forward, None, False, (dense, None))
     found = cuda_patterns.transposable(w) if masks is None else masks
-    forward, backward, dense = cuda_patterns.compressed_both(w, found)
-    return Pruned(shape, forward, backward, dense, recipe == "fst")
+    forward, backward = cuda_patterns.compressed_both(w, found)
+    return Pruned(shape, forward, backward, recipe == "fst", (w, found))
 
 
 def multiply(x: Tensor, w: Pruned) -> Tensor:
