@@ -1,4 +1,4 @@
-"""cuSPARSELt: what can be said without a GPU, and with one every layout of the operands, graphs and wrong algorithms."""
+"""cuSPARSELt: what can be said without a GPU; with one every layout of operands, graphs and wrong algorithms."""
 
 import pytest
 import torch

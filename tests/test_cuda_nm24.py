@@ -53,7 +53,7 @@ def test_special_values_and_empty_groups() -> None:
 
 
 def multiplied(packed: Tensor, rows: int, cols: int, x: Tensor) -> Tensor:
-    """x [N, K] times the packed matrix as the kernel does it: fragments and metadata of mma.sp.m16n8k32, lane by lane."""
+    """x [N, K] times the packed matrix as the kernel does: the fragments of mma.sp.m16n8k32, lane by lane."""
     deep = cols // DEPTH
     y = torch.zeros(x.shape[0], rows, dtype=torch.float64)
     stages = packed.view(-1, deep, 2, STAGE)
@@ -140,7 +140,7 @@ def test_refusals() -> None:
     with pytest.raises(KernelError, match="not torch.float32; fix"):
         CudaNm24.pack(a, torch.float32)
     with pytest.raises(KernelError, match="2 of 4"):
-        CudaNm24.pack(NM.encode(sparse(16, 32), 2, 8), torch.bfloat16)
+        CudaNm24.pack(NM.encode(torch.eye(16, 32).bfloat16(), 2, 8), torch.bfloat16)
     with pytest.raises(KernelError, match="2 of 4"):
         CudaNm24.pack(Bitmask.encode(sparse(16, 32)), torch.bfloat16)
 
@@ -177,6 +177,6 @@ def test_products(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("tokens", [3, 16, 32, 64])
 def test_every_kind_of_cut(tokens: int) -> None:
     a, x = sparse(500, 1300), torch.randn(tokens, 1300).bfloat16()
-    work = Work(500, 6, next(t for t in _nm24_cut.TILES if tokens <= 8 * t))
+    work = Work(500, 6, next(t for t in cuda_nm24.gpu(0).tiles if tokens <= 8 * t))
     for cut in list(_nm24_cut.cuts(work, cuda_nm24.gpu(0)))[::5]:
         check(a, x, cut=cut)

@@ -103,7 +103,7 @@ def _prune(w: Tensor, kind: Kind, scale: Tensor | None, dense: bool) -> tuple[Te
     return cslt.compress(pruned), pruned
 
 
-def pruned_reference(w: Tensor, kind: Kind, scale: Tensor | None = None) -> Tensor:
+def pruned_reference(w: Tensor, kind: Kind = "hard", scale: Tensor | None = None) -> Tensor:
     """What `prune` leaves, in plain torch."""
     if kind == "hard":
         return torch.where(hard24(w), w, 0) + 0.0

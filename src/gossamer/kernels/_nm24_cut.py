@@ -25,6 +25,7 @@ class Gpu(NamedTuple):
     processors: int
     shared: int  # bytes that a block may have
     clusters: bool
+    tiles: tuple[int, ...] = TILES  # that the kernel compiles for
 
     def blocks(self, cluster: int) -> int:
         """How many run at once: of clusters of 4, some do not find 4 processors side by side."""

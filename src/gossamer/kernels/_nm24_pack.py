@@ -2,8 +2,9 @@
 
 A stage is 16 rows by 256 columns: 512 bytes of metadata, then 512 bytes for each of 8 steps of 32 columns; 16 bytes a
 lane. Lane 4 g + t has, of a step, the pairs of kept values in the groups t and then t + 4 of four columns, each of rows
-g and g + 8, and of every second step the metadata of 16 columns, 4 bits a group: the stored indices, as they are. That is what mma.sp.m16n8k32 takes (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"; metadata selectors 0 and 1
-in turns). 32 rows are two stages one below the other, then come the next 256 columns, then the next 32 rows.
+g and g + 8, and of every second step the metadata of 16 columns, 4 bits a group: the stored indices, as they are. That
+is what mma.sp.m16n8k32 takes (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"; metadata selectors 0 and 1 in
+turns). 32 rows are two stages one below the other, then come the next 256 columns, then the next 32 rows.
 """
 
 from __future__ import annotations

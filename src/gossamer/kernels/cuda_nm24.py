@@ -45,7 +45,8 @@ VARIANTS = tuple(
 @cache
 def gpu(index: int) -> Gpu:
     found = torch.cuda.get_device_properties(index)
-    return Gpu(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9)
+    tiles = TILES if found.major < 10 else tuple(t for t in TILES if t != 2)
+    return Gpu(found.multi_processor_count, found.shared_memory_per_block_optin, found.major >= 9, tiles)
 
 
 class CudaNm24(Kernel):
@@ -117,7 +118,7 @@ def launch(
 ) -> None:
     """y [N, M] = x [N, K] A^T + bias, for at most 64 rows of x, as `rows_of` leaves them."""
     tokens, device = x.shape[0], gpu(x.get_device())
-    work = work_of(tokens, meta)
+    work = work_of(tokens, meta, device)
     cut = cut or best_cut(work, device)
     grid, block = (work.panels(cut) * cut.cluster, 1, 1), (32 * (cut.warps + X_WARPS[work.tiles]), 1, 1)
     kernel = function(work.tiles, meta["bf16"], cut.pair, cut.cluster, device.shared)
@@ -126,8 +127,8 @@ def launch(
     kernel.launch(grid, block, stages, x, bias, y, *sizes, shared=work.shared(cut))
 
 
-def work_of(tokens: int, meta: dict[str, Any]) -> Work:
-    return Work(meta["rows"], -(-meta["cols"] // DEPTH), next(t for t in TILES if tokens <= 8 * t))
+def work_of(tokens: int, meta: dict[str, Any], device: Gpu) -> Work:
+    return Work(meta["rows"], -(-meta["cols"] // DEPTH), next(t for t in device.tiles if tokens <= 8 * t))
 
 
 def dtype_of(meta: dict[str, Any]) -> torch.dtype:

@@ -1,8 +1,8 @@
 """The feed-forward block of a transformer in 2:4 training: sparse products, and all between them, fused.
 
 Of a linear layer z = x W^T three products are made: F forward (z), D for the gradient of x, G for that of W. Which of
-them are sparse is a *recipe*: "s_ste" F (2409.09099: soft threshold, D needs no mask), "transposable" F and D, and "fst"
-F, D and G (2404.01847: one mask that is 2:4 both ways, and an unbiased 2:4 estimate of dz^T). Weights are pruned and
+them are sparse is a *recipe*: "s_ste" F (2409.09099: soft threshold, D needs no mask), "transposable" F and D, "fst" F, D
+and G (2404.01847: one mask that is 2:4 both ways, and an unbiased 2:4 estimate of dz^T). Weights are pruned and
 compressed once per optimizer step; a product that this GPU runs no faster sparse stays dense.
 """
 
