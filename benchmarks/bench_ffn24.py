@@ -31,6 +31,8 @@ TOLERANCE = 2e-2  # relative (Frobenius), of chains of products in bfloat16
 
 
 class Size(NamedTuple):
+    """Of a block: `heads` of attention, ACT(x w_in^T) w_out^T with two halves of w_in if `gated`."""
+
     d: int
     ff: int
     act: cuda_patterns.Act
@@ -46,7 +48,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.size, self.recipe, self.masks = size, None, [None, None]
+        self.size = size
+        self.recipe: Recipe | None = None
+        self.masks: list[Tensor | None] = [None, None]
         self.w_in = nn.Parameter(torch.empty(size.ff * (1 + size.gated), size.d))
         self.w_out = nn.Parameter(torch.empty(size.d, size.ff))
         for w in (self.w_in, self.w_out):
@@ -183,7 +187,7 @@ def block(report: Report, size: Size, recipe: Recipe) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from .nn import SparseLinear, sparse_layers
 from .packs import Packs, dense_copy, step
 from .race import Group, Option, Race
 
-# Tokens that are timed on a GPU whatever was asked for: kernels made for few serve no prompt, and 2:4 pays at thousands.
+# Tokens timed on a GPU whatever was asked for: kernels made for few serve no prompt, and 2:4 pays at thousands.
 PREFILL = (512, 1024, 2048, 4096)
 
 Progress = Callable[[int, int, str], None]  # done, total, what is being timed

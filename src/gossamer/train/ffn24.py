@@ -1,16 +1,17 @@
 """The feed-forward block of a transformer in 2:4 training: sparse products, and all between them, fused.
 
 Of a linear layer z = x W^T three products are made: F forward (z), D for the gradient of x, G for that of W. Which of
-them are sparse is a *recipe*: "s_ste" F (2409.09099: soft threshold, D needs no mask), "transposable" F and D, "fst" F, D
-and G (2404.01847: one mask that is 2:4 both ways, and an unbiased 2:4 estimate of dz^T). Weights are pruned and
-compressed once per optimizer step; a product that this GPU runs no faster sparse stays dense.
+them are sparse is a *recipe*: "s_ste" F (2409.09099: soft threshold), "transposable" F and D, "fst" F, D and G
+(2404.01847: one mask that is 2:4 both ways, and an unbiased 2:4 estimate of dz^T). Weights are pruned and compressed
+once per optimizer step; a product that this GPU runs no faster sparse stays dense.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ from ..cslt import Algorithm, Problem
 from ..cuda_patterns import Act
 
 Recipe = Literal["s_ste", "transposable", "fst"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 WORTH = 0.98  # of the dense product's time: what a sparse one may take
+
+
+def _uncompiled(function: Function) -> Function:
+    """What torch.compile steps around; the rest of a block it compiles."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +47,7 @@ class Pruned:
         return w if masks is None else torch.where(cuda_patterns.mask_of(masks), w, 0)
 
 
-@torch.compiler.disable
+@_uncompiled
 def prune(w: Tensor, recipe: Recipe, masks: Tensor | None = None, scale: Tensor | None = None) -> Pruned:
     """`masks`: of `cuda_patterns.transposable`, found now where None; `scale`: S-STE's beta, 1 where None."""
     w = w.detach()
@@ -123,7 +130,7 @@ class _FFN(torch.autograd.Function):
         return dx, d_in, d_out, None, None, None
 
 
-@torch.compiler.disable
+@_uncompiled
 def ffn24(x: Tensor, w_in: Tensor, w_out: Tensor, first: Pruned, second: Pruned, act: Act = "silu") -> Tensor:
     """y [.., d] of x [.., d] with pruned weights; gradients flow to x, `w_in` and `w_out`.
 
