@@ -331,8 +331,11 @@ def best(problem: Problem, index: int) -> tuple[Algorithm, float] | None:
     problem = problem._replace(bias=0)
     if problem.refuses():
         return None
-    with torch.cuda.device(index):
-        found = [r for r in trials(problem, index) if r[2] is None]
+    try:
+        with torch.cuda.device(index):
+            found = [r for r in trials(problem, index) if r[2] is None]
+    except torch.OutOfMemoryError:  # for the operands of the trial
+        return None
     return min(((a, t) for a, t, _ in found), key=lambda r: r[1], default=None)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from .. import cslt
 from ..cslt import Algorithm, Problem
@@ -16,6 +17,7 @@ from ..formats import Format
 from . import Case, Kernel, KernelError, Packed
 from .cuda_nm24 import check, dtype_of, rows_of, unfit
 
+log = logging.getLogger("gossamer")
 _ready: dict[tuple, cslt.Plan] = {}  # for x as the library takes it, without a bias: nothing else is looked at
 VARIANTS = ()  # the library's kernels are not ours to compile
 SIZES = (512, 1024, 2048, 4096, 16384)  # tokens for which an algorithm is looked for; others go with the next
@@ -36,8 +38,7 @@ class CudaNm24Vendor(Kernel):
         if case.tokens < MIN_TOKENS:
             return f"at least {MIN_TOKENS} tokens"
         rows, cols = case.spec["shape"]
-        problem = Problem(rows, cols, SIZES[0], case.dtype, case.dtype)
-        return problem.refuses() or (None if _algorithms(problem, _index(case.device)) else "a product that is right")
+        return Problem(rows, cols, SIZES[0], case.dtype, case.dtype).refuses()
 
     @classmethod
     def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
@@ -49,10 +50,10 @@ class CudaNm24Vendor(Kernel):
         if reason := problem.refuses():
             raise KernelError(f"{cls.name} needs {reason}; fix: choose another kernel")
         found = _algorithms(problem, dense.get_device())
-        if not found:
-            raise KernelError(f"no algorithm of cuSPARSELt is right on {problem}; fix: choose another kernel")
         meta = {"rows": a.shape[0], "cols": a.shape[1], "bf16": dtype == torch.bfloat16, "algorithms": found}
-        return Packed((cslt.compress(dense),), meta)
+        if not found:
+            log.warning("no algorithm of cuSPARSELt is right on %s; it runs dense; fix: update the library", problem)
+        return Packed((cslt.compress(dense) if found else dense,), meta)
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
@@ -60,6 +61,8 @@ class CudaNm24Vendor(Kernel):
         if bias is None and (plan := _ready.get(key)) and x.is_contiguous() and x.data_ptr() % 16 == 0:
             return plan.run(packed[0], x, x.new_empty(x.shape[0], meta["rows"]))
         flat = rows_of(cls.name, x, meta)
+        if not meta["algorithms"]:
+            return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
         tokens, rows = flat.shape[0], meta["rows"]
         if tokens % 8:
             flat = pad(flat, (0, 0, 0, -tokens % 8))
@@ -91,7 +94,3 @@ def _algorithms(problem: Problem, index: int) -> list[list[int]]:
     """[tokens, the algorithm] of each size that has one, ascending."""
     found = [(n, cslt.best(problem._replace(columns=n), index)) for n in SIZES]
     return [[n, *best[0]] for n, best in found if best]
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

@@ -25,7 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 WORTH = 0.98  # of the dense product's time: what a sparse one may take
 
 
-def _uncompiled(function: Function) -> Function:
+def uncompiled(function: Function) -> Function:
     """What torch.compile steps around; the rest of a block it compiles."""
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
@@ -47,7 +47,7 @@ class Pruned:
         return w if masks is None else torch.where(cuda_patterns.mask_of(masks), w, 0)
 
 
-@_uncompiled
+@uncompiled
 def prune(w: Tensor, recipe: Recipe, masks: Tensor | None = None, scale: Tensor | None = None) -> Pruned:
     """`masks`: of `cuda_patterns.transposable`, found now where None; `scale`: S-STE's beta, 1 where None."""
     w = w.detach()
@@ -130,7 +130,7 @@ class _FFN(torch.autograd.Function):
         return dx, d_in, d_out, None, None, None
 
 
-@_uncompiled
+@uncompiled
 def ffn24(x: Tensor, w_in: Tensor, w_out: Tensor, first: Pruned, second: Pruned, act: Act = "silu") -> Tensor:
     """y [.., d] of x [.., d] with pruned weights; gradients flow to x, `w_in` and `w_out`.
 
