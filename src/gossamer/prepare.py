@@ -22,7 +22,8 @@ from .nn import SparseLinear, sparse_layers
 from .packs import Packs, dense_copy, step
 from .race import Group, Option, Race
 
-PREFILL = 512  # tokens that are timed on a GPU whatever was asked for: kernels made for few serve no prompt
+# Tokens timed on a GPU whatever was asked for: kernels made for few serve no prompt, and 2:4 pays at thousands.
+PREFILL = (512, 1024, 2048, 4096)
 
 Progress = Callable[[int, int, str], None]  # done, total, what is being timed
 
@@ -56,7 +57,7 @@ def prepare(
     if not sizes:
         raise ValueError("no number of tokens to prepare for; fix: give at least one, 1 or more")
     if any(layer.device.type == "cuda" for layer in layers.values()):
-        sizes = sorted({*sizes, PREFILL})
+        sizes = sorted({*sizes, *PREFILL})
     dtype, opened = dtype or compute_dtype(model), books(model, lock)
     footprint = sum(layer.stored_bytes for layer in layers.values())
     races = {d: Race(sizes, dtype, book, kernel, again, footprint) for d, book in opened.items()}

@@ -11,7 +11,7 @@ import torch
 
 from ..formats import dtype_of
 from ..shards import read_json, tensors
-from . import gguf
+from . import compressed_tensors, gguf
 
 
 def open_model(source: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
@@ -63,6 +63,8 @@ def _open(source: str | Path, dtype: Any) -> tuple[Any, Any]:
             from ..checkpoint import load
 
             return load(path, dtype=dtype), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if path.is_dir() and compressed_tensors.format_of(path):
+            return compressed_tensors.load(path, dtype), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if path.is_dir():
             tensors(path)  # a shard that is cut short has a clear error here
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)

@@ -1,0 +1,430 @@
+"""cuSPARSELt, NVIDIA's products with a 2:4 matrix, through ctypes: plans, workspaces and algorithms kept.
+
+torch's own operator builds and destroys descriptors and plan on every call, 0.5 to 1 ms of the host's time; a kept plan
+costs a few microseconds. The library is the one that torch brings (`nvidia-cusparselt`), 0.8 or later. No algorithm is
+used before its result was compared with a dense product on the same GPU: some of some versions are wrong
+(pytorch#155333). Call it from inside an op: torch.compile cannot trace it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("gossamer")
+
+OLDEST = (0, 8)  # its structures have 512 bytes
+NAME = "cusparseLt.dll" if os.name == "nt" else "libcusparseLt.so.0"
+FIX = "fix: pip install nvidia-cusparselt-cu13 (torch's CUDA wheels bring it)"
+TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
+INTEGER, FLOAT = 0, 2  # cusparseComputeType
+PLAIN, TRANSPOSED = 0, 1  # cusparseOperation_t
+COLUMNS, ROWS = 1, 2  # cusparseOrder_t
+BIAS = 8  # cusparseLtMatmulDescAttribute_t
+CONFIG, CONFIGS, SPLIT, SPLIT_MODE = 0, 1, 3, 4  # cusparseLtMatmulAlgAttribute_t
+ALIGNMENT = 16  # bytes, of every matrix
+MAX_PLANS = 1024
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 6e-2}
+TIMED = 5  # runs of an algorithm that are timed, of which the median counts
+
+
+class CsltError(RuntimeError):
+    """cuSPARSELt is missing or refused a product; the message says what to do."""
+
+
+class Problem(NamedTuple):
+    """D [rows, columns] = A [rows, depth] B [depth, columns] with A 2:4 along its rows and compressed.
+
+    `b_rows`: B lies as [columns, depth], row after row, as activations do, else as [depth, columns]; `d_rows`: D as
+    [columns, rows], else as [rows, columns]. `bias`: one is added to every row of D.
+    """
+
+    rows: int
+    depth: int
+    columns: int
+    dtype: torch.dtype
+    out: torch.dtype
+    b_rows: bool = True
+    d_rows: bool = True
+    bias: int = 0  # address of [rows] values in `out`, or 0
+
+    def refuses(self) -> str | None:
+        """Why the library has no such product ("it needs ..."), or None."""
+        if self.dtype not in TYPES or self.dtype == torch.float32:
+            return "operands in bfloat16, float16, float8_e4m3fn or int8"
+        wide = multiple(self.dtype)
+        if self.rows % wide or self.depth % wide:
+            return f"a sparse matrix whose sizes are multiples of {wide}, not {self.rows} x {self.depth}"
+        if self.columns % (wide // 2):
+            return f"a multiple of {wide // 2} columns on the right, not {self.columns}"
+        return None
+
+
+class Algorithm(NamedTuple):
+    """One of the library's ways to compute a product; 0 in `split` and `mode` leaves them to it."""
+
+    config: int
+    split: int = 0
+    mode: int = 0
+
+
+def multiple(dtype: torch.dtype) -> int:
+    """Both sizes of a sparse matrix must be multiples of this, a dense operand's of half of it."""
+    return 32 // dtype.itemsize
+
+
+class _Struct:
+    """512 opaque bytes, 16-byte aligned, that the library fills."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(512 + 16)
+        self.at = (ctypes.addressof(self.memory) + 15) // 16 * 16
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The library, with the arguments of its functions declared. CsltError if it does not load or is too old."""
+    found = _load()
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    signatures: dict[str, list[Any]] = {
+        "GetVersion": [pointer, pointer],
+        "Init": [pointer],
+        "DenseDescriptorInit": [pointer, pointer, number, number, number, ctypes.c_uint32, ctypes.c_int, ctypes.c_int],
+        "MatmulDescriptorInit": [pointer, pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 4, ctypes.c_int],
+        "MatmulDescSetAttribute": [pointer, pointer, ctypes.c_int, pointer, ctypes.c_size_t],
+        "MatmulAlgSelectionInit": [pointer, pointer, pointer, ctypes.c_int],
+        "MatmulAlgSetAttribute": [pointer, pointer, ctypes.c_int, pointer, ctypes.c_size_t],
+        "MatmulAlgGetAttribute": [pointer, pointer, ctypes.c_int, pointer, ctypes.c_size_t],
+        "MatmulGetWorkspace": [pointer, pointer, pointer],
+        "MatmulPlanInit": [pointer] * 4,
+        "MatmulPlanDestroy": [pointer],
+        "MatDescriptorDestroy": [pointer],
+        "Matmul": [*[pointer] * 10, ctypes.c_int32],
+        "SpMMACompressedSize2": [pointer] * 4,
+        "SpMMACompress2": [pointer, pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 4],
+    }
+    signatures["StructuredDescriptorInit"] = [*signatures["DenseDescriptorInit"], ctypes.c_int]
+    for name, arguments in signatures.items():
+        getattr(found, f"cusparseLt{name}").argtypes = arguments
+    found.cusparseLtGetErrorString.restype = ctypes.c_char_p
+    if (said := _version(found)) < OLDEST:
+        raise CsltError(f"cuSPARSELt is {said[0]}.{said[1]}, at least 0.8 is needed; {FIX}")
+    return found
+
+
+def version() -> tuple[int, int]:
+    """Major and minor. CsltError if the library does not load."""
+    return _version(library())
+
+
+def _version(found: ctypes.CDLL) -> tuple[int, int]:
+    numbers = (ctypes.c_int * 2)()
+    for i in range(2):
+        found.cusparseLtGetProperty(i, ctypes.byref(numbers, 4 * i))
+    return numbers[0], numbers[1]
+
+
+def _load() -> ctypes.CDLL:
+    # torch, where it is a CUDA build, has it in memory already; its name suffices then.
+    sites = {Path(torch.__file__).parents[1], *(Path(p) for p in sys.path if p)}
+    folders = [site / "nvidia" / part / "lib" for site in sorted(sites) for part in ("cusparselt", "cu13", "cu12")]
+    for place in [NAME, *(str(folder / NAME) for folder in folders if (folder / NAME).exists())]:
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    raise CsltError(f"cuSPARSELt ({NAME}) does not load; {FIX}")
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why there is no cuSPARSELt on this device (it completes "it needs ..."), or None if there is."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "an NVIDIA GPU"
+    return _refusal(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _refusal(index: int) -> str | None:
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "a GPU of compute capability 8.0 (Ampere) or later, with sparse tensor cores"
+    try:
+        handle(index)
+    except CsltError as error:
+        return f"a working cuSPARSELt: {error}"
+    return None
+
+
+@cache
+def handle(index: int) -> int:
+    """The library's handle of one GPU: an address, for good."""
+    found = _Struct()
+    with torch.cuda.device(index):
+        torch.cuda.current_stream().synchronize()  # so that the device's context is there and current
+        _check(library().cusparseLtInit(found.at), "cusparseLtInit")
+    _kept.append(found)
+    return found.at
+
+
+_kept: list[_Struct] = []  # what addresses were given out of
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        said = (library().cusparseLtGetErrorString(status) or b"unknown").decode()
+        raise CsltError(f"{what}: error {status}, {said}; fix: run it dense, or update nvidia-cusparselt")
+
+
+class Plan:
+    """A product that the library is ready to run, by one algorithm on one GPU."""
+
+    def __init__(self, problem: Problem, algorithm: Algorithm, index: int) -> None:
+        if reason := problem.refuses():
+            raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
+        self.problem, self.algorithm, self._handle = problem, algorithm, handle(index)
+        self._a, self._b, self._d, self._product, self._choice, self._plan = (_Struct() for _ in range(6))
+        with torch.cuda.device(index):
+            self._describe(problem)
+            self._select(algorithm)
+            _call("MatmulPlanInit", self._handle, self._plan.at, self._product.at, self._choice.at)
+            size = ctypes.c_size_t()
+            _call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
+        self.workspace = size.value
+        self._one = (ctypes.c_float * 2)(1.0, 0.0)
+        self._alpha, self._beta = ctypes.addressof(self._one), ctypes.addressof(self._one) + 4
+        self._index, self._at, self._spaces = index, self._plan.at, dict[int, Tensor]()
+        self._run = library().cusparseLtMatmul
+
+    def _describe(self, p: Problem) -> None:
+        sparse = p.rows, p.depth, p.depth, ALIGNMENT, TYPES[p.dtype], ROWS
+        _call("StructuredDescriptorInit", self._handle, self._a.at, *sparse, 0)
+        right = (p.columns, p.depth) if p.b_rows else (p.depth, p.columns)
+        _call("DenseDescriptorInit", self._handle, self._b.at, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
+        lead, order = (p.rows, COLUMNS) if p.d_rows else (p.columns, ROWS)
+        _call("DenseDescriptorInit", self._handle, self._d.at, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
+        compute = INTEGER if p.dtype == torch.int8 else FLOAT
+        operands = self._a.at, self._b.at, self._d.at, self._d.at
+        op = TRANSPOSED if p.b_rows else PLAIN
+        _call("MatmulDescriptorInit", self._handle, self._product.at, PLAIN, op, *operands, compute)
+        if p.bias:
+            self._attribute(BIAS, ctypes.c_void_p(p.bias))
+
+    def _attribute(self, name: int, value: Any) -> None:
+        size = ctypes.sizeof(value)
+        _call("MatmulDescSetAttribute", self._handle, self._product.at, name, ctypes.byref(value), size)
+
+    def _select(self, algorithm: Algorithm) -> None:
+        _call("MatmulAlgSelectionInit", self._handle, self._choice.at, self._product.at, 0)
+        for name, value in zip((CONFIG, SPLIT, SPLIT_MODE), algorithm, strict=True):
+            if value or name == CONFIG:
+                number = ctypes.c_int(value)
+                _call("MatmulAlgSetAttribute", self._handle, self._choice.at, name, ctypes.byref(number), 4)
+
+    def configs(self) -> int:
+        """How many there are to choose from."""
+        found = ctypes.c_int()
+        _call("MatmulAlgGetAttribute", self._handle, self._choice.at, CONFIGS, ctypes.byref(found), 4)
+        return found.value
+
+    def run(self, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        """Writes D to `d` on torch's current stream; `a` as `compress` leaves it. Shapes are the caller's business."""
+        stream = ctypes.c_void_p(_stream(self._index))
+        space = self._space(a, stream.value or 0) if self.workspace else None
+        where = d.data_ptr()
+        operands = self._alpha, a.data_ptr(), b.data_ptr(), self._beta, where, where, space, _address(stream)
+        if status := self._run(self._handle, self._at, *operands, 1):
+            _check(status, f"cusparseLtMatmul of {self.problem}")
+        return d
+
+    def _space(self, a: Tensor, stream: int) -> int:
+        """The address of a workspace: one per stream, whose launches follow each other; a graph gets its own."""
+        if _capturing():
+            return a.new_empty(self.workspace).data_ptr()
+        if (found := self._spaces.get(stream)) is None:
+            found = self._spaces[stream] = a.new_empty(self.workspace)
+        return found.data_ptr()
+
+    def __del__(self) -> None:
+        if hasattr(self, "workspace") and not sys.is_finalizing():
+            library().cusparseLtMatmulPlanDestroy(self._plan.at)
+
+
+_address = ctypes.addressof
+# What torch's own generated code calls; a build without CUDA lacks them.
+_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+
+
+def _call(name: str, *args: Any) -> None:
+    if status := getattr(library(), f"cusparseLt{name}")(*args):
+        _check(status, f"cusparseLt{name}")
+
+
+_plans: OrderedDict[tuple[Problem, Algorithm, int], Plan] = OrderedDict()
+_lock = threading.Lock()
+
+
+def plan(problem: Problem, algorithm: Algorithm, index: int) -> Plan:
+    """The plan for these, made once; CsltError if the library has none. The oldest of many are dropped."""
+    key = problem, algorithm, index
+    if found := _plans.get(key):
+        return found
+    with _lock:
+        found = _plans[key] = Plan(problem, algorithm, index)
+        if len(_plans) > MAX_PLANS:
+            _plans.popitem(last=False)
+    return found
+
+
+@cache
+def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[_Struct, int, int]:
+    """The description of a sparse matrix, its bytes compressed, and those that compressing takes besides."""
+    described, sizes = _Struct(), (ctypes.c_size_t * 2)()
+    shape = rows, depth, depth, ALIGNMENT, TYPES[dtype], ROWS
+    _call("StructuredDescriptorInit", handle(index), described.at, *shape, 0)
+    first = ctypes.addressof(sizes)
+    _call("SpMMACompressedSize2", handle(index), described.at, first, first + ctypes.sizeof(ctypes.c_size_t))
+    return described, sizes[0], sizes[1]
+
+
+def compressed_bytes(rows: int, depth: int, dtype: torch.dtype, index: int) -> int:
+    """Of a matrix, as `compress` leaves it."""
+    return _sizes(rows, depth, dtype, index)[1]
+
+
+def compress(a: Tensor) -> Tensor:
+    """uint8: a contiguous 2:4 matrix [rows, depth] on a GPU in the library's own layout, which it does not document.
+
+    What is not 2:4 loses values without a word: check with `patterns.is_24` first. -0.0 must not stand among zeros.
+    """
+    if reason := Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
+        raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
+    if not a.is_contiguous() or a.data_ptr() % ALIGNMENT:
+        raise CsltError("cslt.compress takes a contiguous matrix at an aligned address; fix: pass a.clone()")
+    index = a.get_device()
+    described, size, extra = _sizes(a.shape[0], a.shape[1], a.dtype, index)
+    out, space = (torch.empty(n, dtype=torch.uint8, device=a.device) for n in (size, extra))
+    where = a.data_ptr(), out.data_ptr(), space.data_ptr(), _stream(index)
+    _call("SpMMACompress2", handle(index), described.at, 1, PLAIN, *where)
+    return out
+
+
+@cache
+def best(problem: Problem, index: int) -> tuple[Algorithm, float] | None:
+    """The fastest algorithm that computes this product correctly, and its microseconds; None if there is none.
+
+    Tried out on random operands: it takes a moment and waits for the GPU, so it belongs into `pack`, not into an op.
+    """
+    problem = problem._replace(bias=0)
+    if problem.refuses():
+        return None
+    try:
+        with torch.cuda.device(index):
+            found = [r for r in trials(problem, index) if r[2] is None]
+    except torch.OutOfMemoryError:  # for the operands of the trial
+        return None
+    return min(((a, t) for a, t, _ in found), key=lambda r: r[1], default=None)
+
+
+def trials(problem: Problem, index: int) -> Iterator[tuple[Algorithm, float, str | None]]:
+    """(algorithm, microseconds, what is wrong with it) for every algorithm."""
+    a, b = _operands(problem, index)
+    expected, packed = _dense(problem, a, b), compress(a)
+    for algorithm in _candidates(problem, index):
+        try:
+            ready = Plan(problem, algorithm, index)
+            d = torch.full_like(expected, torch.nan if expected.is_floating_point() else 77)
+            ready.run(packed, b, d)
+            error = _error(d, expected)
+        except CsltError as failure:
+            yield algorithm, 0.0, str(failure)
+            continue
+        if not error < TOLERANCE.get(problem.out, 1e-6):
+            log.info("cuSPARSELt's %s is wrong by %.2g on %s; it is not used", algorithm, error, problem)
+            yield algorithm, 0.0, f"relative error {error:.3g}"
+            continue
+        yield algorithm, _time(partial(ready.run, packed, b, d)), None
+
+
+# What ends in an illegal instruction, which no process survives: algorithms from these on, by version and type. Seen on
+# an H100, 4096 x 4096 by 1024 tokens: one of 28 to 51.
+UNSAFE = {((0, 8), torch.float16): 28}
+
+
+def _candidates(problem: Problem, index: int) -> Iterator[Algorithm]:
+    """Without one that is known to kill the process."""
+    count = Plan(problem, Algorithm(0), index).configs()
+    for config in range(min(count, UNSAFE.get((version(), problem.dtype), count))):
+        yield Algorithm(config)
+
+
+@cache
+def dense_time(problem: Problem, index: int) -> float:
+    """Microseconds of torch's dense product of the same shapes, in bfloat16 where there are 8 bits."""
+    with torch.cuda.device(index):
+        a, b = _operands(problem, index)
+        return _time(lambda: _dense(problem, a, b))
+
+
+def _operands(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
+    """Random, A of a random 2:4 pattern."""
+    generator = torch.Generator(device=f"cuda:{index}").manual_seed(24)
+    draw = {"device": f"cuda:{index}", "generator": generator}
+    scores = torch.rand(problem.rows, problem.depth // 4, 4, **draw)
+    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True)
+    right = (problem.columns, problem.depth) if problem.b_rows else (problem.depth, problem.columns)
+    if problem.dtype == torch.int8:
+        a, b = (torch.randint(-9, 10, shape, dtype=torch.int8, **draw) for shape in (keep.shape, right))
+    else:
+        a, b = (torch.randn(shape, dtype=torch.bfloat16, **draw).to(problem.dtype) for shape in (keep.shape, right))
+    a = torch.where(keep, a.view(torch.int8) if a.itemsize == 1 else a, 0)
+    return a.view(problem.dtype).view(problem.rows, problem.depth), b
+
+
+def _dense(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
+    """D as a dense product makes it, rounded once."""
+    wide = torch.float32 if problem.dtype == torch.int8 else torch.bfloat16 if a.itemsize == 1 else problem.dtype
+    a, b = a.to(wide), b.to(wide)
+    right = b.mT if problem.b_rows else b
+    d = right.mT @ a.mT if problem.d_rows else a @ right
+    return d.to(problem.out)
+
+
+def _error(d: Tensor, expected: Tensor) -> float:
+    """Relative, Frobenius."""
+    d, expected = d.float(), expected.float()
+    return float((d - expected).norm() / expected.norm())
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Median microseconds on the GPU."""
+    run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    torch.cuda._sleep(200_000)  # behind a wait on the GPU the launches queue up
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    marks[-1].synchronize()
+    times = sorted(first.elapsed_time(second) for first, second in pairwise(marks))
+    return times[TIMED // 2] * 1e3
+
+
+def matmul(a: Tensor, problem: Problem, b: Tensor, algorithm: Algorithm) -> Tensor:
+    """D of a problem, a new tensor; `a` compressed, `b` contiguous, as the problem says it lies."""
+    shape = (problem.columns, problem.rows) if problem.d_rows else (problem.rows, problem.columns)
+    d = b.new_empty(shape, dtype=problem.out)
+    return plan(problem, algorithm, b.get_device()).run(a, b, d)

@@ -1,0 +1,99 @@
+// 2:4 matrices pruned and compressed in one pass, in the layout that cuSPARSELt uses on Hopper: the values [rows, cols/2]
+// row after row, then 4 bits a group of four: two indices of 2 bits. These nibbles lie by tiles of 64 x 64, 512 bytes each
+// and row of tiles after row of tiles; see `meta_at`. cuda_patterns.py compares it with the library's own before use.
+#include "types.cuh"
+
+#if BF16
+__device__ inline float widen(u16 bits) { return __uint_as_float((u32)bits << 16); }
+__device__ inline u16 narrow(float value) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+#else
+__device__ inline float widen(u16 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+__device__ inline u16 narrow(float value) {
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+#endif
+
+using Four = u16[4];
+constexpr float TINY = 1.17549435e-38f;
+
+// The two of four at `first` < `second`, and where they are.
+struct Pair {
+  u32 values, nibble;
+};
+__device__ inline u16 at(const Four& v, int i) { return i & 2 ? (i & 1 ? v[3] : v[2]) : (i & 1 ? v[1] : v[0]); }
+__device__ inline u16 plain_zero(u16 bits) { return bits == 0x8000 ? 0 : bits; }
+__device__ inline Pair pick(const Four& v, u32 nibble) {
+  return {(u32)plain_zero(at(v, nibble & 3)) | (u32)plain_zero(at(v, nibble >> 2)) << 16, nibble};
+}
+
+// The two that a mask of four bits keeps; of fewer, the first free places besides.
+__device__ inline u32 nibble_of(u32 mask) {
+  const u32 first = __ffs(mask) - 1, rest = mask & (mask - 1);
+  return first | (u32)(__ffs(rest) - 1) << 2;
+}
+
+// 8 groups of rows r and r + 8, r % 16 < 8: what one thread compresses. `col` in groups' columns, a multiple of 32.
+struct Unit {
+  u32 values[2][8];
+  u64 meta;
+
+  __device__ void put(int half, int group, Pair pair) {
+    values[half][group] = pair.values;
+    meta |= (u64)pair.nibble << 4 * (half + (group >> 2) * 2 + (group & 3) * 4);
+  }
+  __device__ static i64 meta_at(i64 row, i64 col, i64 cols) {
+    const i64 tile = (row >> 6) * (cols >> 6) + (col >> 6);
+    return tile * 512 + (col >> 5 & 1) * 256 + (row >> 4 & 3) * 64 + (row & 7) * 8;
+  }
+  __device__ void store(u8* out, i64 row, i64 col, i64 rows, i64 cols) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint4* to = (uint4*)(out + (row + 8 * half) * cols + col);  // cols / 2 values of 2 bytes a row
+      to[0] = {values[half][0], values[half][1], values[half][2], values[half][3]};
+      to[1] = {values[half][4], values[half][5], values[half][6], values[half][7]};
+    }
+    *(u64*)(out + rows * cols + meta_at(row, col, cols)) = meta;
+  }
+};
+
+__device__ inline float magnitude(u16 bits) {
+  const float a = fabsf(widen(bits));
+  return a == a ? a : __int_as_float(0x7f800000);
+}
+
+// Bits of the two largest magnitudes; of equal ones the first.
+__device__ inline u32 hard(const Four& v) {
+  u32 mask = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int before = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (j != i) before += j < i ? magnitude(v[j]) >= magnitude(v[i]) : magnitude(v[j]) > magnitude(v[i]);
+    mask |= (before < 2) << i;
+  }
+  return mask;
+}
+
+// Magnitudes less the second smallest of them, times `scale`.
+__device__ inline void soften(Four& v, float scale) {
+  float a[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = fabsf(widen(v[i]));
+  const float t = fminf(fmaxf(fminf(a[0], a[1]), fminf(a[2], a[3])), fminf(fmaxf(a[0], a[1]), fmaxf(a[2], a[3])));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float w = widen(v[i]);
+    v[i] = narrow(widen(narrow(w - fminf(fmaxf(w, -t), t))) * scale);
+  }
+}

@@ -1,0 +1,38 @@
+// A matrix pruned to 2:4 along its rows and compressed. Macros: BF16; SOFT (S-STE's soft threshold) or the two largest;
+// DENSE (1): the pruned matrix as well.
+#include "pack24.cuh"
+
+// A thread takes 32 columns of two rows; 8 threads side by side, 4 one below the other, so that loads are lines and the
+// metadata of a warp whole sectors. `scale`: null or one float. Grid: ceil(rows / 2 * cols / 32 / 256), block 256.
+extern "C" __global__ void __launch_bounds__(256)
+    pack24_rows(const u16* w, const float* scale, u8* out, u16* dense, i64 rows, i64 cols) {
+  const i64 unit = (i64)blockIdx.x * 256 + threadIdx.x, strips = cols / 64;  // of 64 columns: two units wide
+  const i64 wide = unit % 2, row4 = unit / 2 % 4, rest = unit / 8, strip = rest % strips, above = rest / strips;
+  const i64 pair = above * 4 + row4, row = pair / 8 * 16 + pair % 8, col = strip * 64 + wide * 32;
+  if (row >= rows) return;
+  const float factor = scale ? *scale : 1.0f;
+  Unit packed = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const i64 begin = (row + 8 * half) * cols + col;
+    alignas(16) u16 v[8][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) *(uint4*)v[2 * i] = *(const uint4*)(w + begin + 8 * i);
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      if (SOFT) soften(v[g], factor);
+      const u32 nibble = nibble_of(hard(v[g]));
+      packed.put(half, g, pick(v[g], nibble));
+      if (DENSE) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          v[g][i] = i == (nibble & 3) || i == nibble >> 2 ? plain_zero(v[g][i]) : 0;
+      }
+    }
+    if (DENSE) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) *(uint4*)(dense + begin + 8 * i) = *(const uint4*)v[2 * i];
+    }
+  }
+  packed.store(out, row, col, rows, cols);
+}

@@ -1,0 +1,116 @@
+// What is 2:4 both ways. `search24`: of every 4 x 4 tile the best of the 90 masks with two per row and column (FST,
+// 2404.01847, section 5.1), as four nibbles of metadata, one a row. `pack24_tiles`: the matrix under such masks, and its
+// transpose, compressed. Macro: BF16.
+#include "pack24.cuh"
+
+constexpr int PITCH = 66;  // values of a row in shared memory: neighbours in a column lie in different banks
+__device__ constexpr u32 PAIRS = 0xed9c84;  // the nibbles of (0,1) (0,2) (0,3) (1,2) (1,3) (2,3)
+__device__ constexpr u32 nibble_of_pair(int pair) { return PAIRS >> 4 * pair & 15; }
+__device__ constexpr u32 bits_of(u32 nibble) { return 1u << (nibble & 3) | 1u << (nibble >> 2); }
+
+struct Fair {
+  u8 pairs[90][4];
+};
+__device__ constexpr Fair all_fair() {
+  Fair found = {};
+  int count = 0;
+  for (int code = 0; code < 6 * 6 * 6 * 6; ++code) {
+    const int pairs[4] = {code / 216, code / 36 % 6, code / 6 % 6, code % 6};
+    bool fair = true;
+    for (int c = 0; c < 4; ++c) {
+      int kept = 0;
+      for (int r = 0; r < 4; ++r) kept += bits_of(nibble_of_pair(pairs[r])) >> c & 1;
+      fair = fair && kept == 2;
+    }
+    if (!fair) continue;
+    for (int r = 0; r < 4; ++r) found.pairs[count][r] = pairs[r];
+    ++count;
+  }
+  return found;
+}
+
+struct Masks {
+  static constexpr Fair fair = all_fair();  // found once: the compiler would take seconds to do it in each of 90 places
+};
+
+// Sums of the pairs of each row -> the nibbles of the first best mask.
+template <int I> __device__ inline void try_mask(const float (&sums)[4][6], float& best, u32& chosen) {
+  constexpr int A = Masks::fair.pairs[I][0], B = Masks::fair.pairs[I][1], C = Masks::fair.pairs[I][2],
+                D = Masks::fair.pairs[I][3];
+  constexpr u32 CODE =
+      nibble_of_pair(A) | nibble_of_pair(B) << 4 | nibble_of_pair(C) << 8 | nibble_of_pair(D) << 12;
+  const float score = sums[0][A] + sums[1][B] + sums[2][C] + sums[3][D];
+  if (I == 0 || score > best) best = score, chosen = CODE;
+  if constexpr (I + 1 < 90) try_mask<I + 1>(sums, best, chosen);
+}
+
+// A thread takes two tiles side by side. Grid: ceil(rows / 4 * cols / 8 / 128), block 128.
+extern "C" __global__ void __launch_bounds__(128) search24(const u16* w, u16* masks, i64 rows, i64 cols) {
+  const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, wide = cols / 8, row = i / wide * 4, col = i % wide * 8;
+  if (row >= rows) return;
+  alignas(16) u16 v[4][8];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) *(uint4*)v[r] = *(const uint4*)(w + (row + r) * cols + col);
+  u32 found[2];
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    float sums[4][6];
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+      for (int p = 0; p < 6; ++p) {
+        const u32 nibble = nibble_of_pair(p);
+        sums[r][p] = magnitude(v[r][4 * t + (nibble & 3)]) + magnitude(v[r][4 * t + (nibble >> 2)]);
+      }
+    float best = 0;
+    try_mask<0>(sums, best, found[t]);
+  }
+  *(u32*)(masks + row / 4 * (cols / 4) + col / 4) = found[0] | found[1] << 16;
+}
+
+// A block takes 64 x 64; one half of its threads compresses the rows, the other the columns. Grid: (cols / 64, rows /
+// 64), block 128.
+extern "C" __global__ void __launch_bounds__(128)
+    pack24_tiles(const u16* w, const u16* masks, u8* out, u8* out_t, i64 rows, i64 cols) {
+  __shared__ __align__(16) u16 tile[64 * PITCH];
+  __shared__ u16 kept[16][16];
+  const i64 top = (i64)blockIdx.y * 64, left = (i64)blockIdx.x * 64;
+  const int thread = threadIdx.x;
+  for (int i = thread; i < 256; i += 128) kept[i / 16][i % 16] = masks[(top / 4 + i / 16) * (cols / 4) + left / 4 + i % 16];
+#pragma unroll
+  for (int i = thread; i < 512; i += 128) {
+    const uint4 piece = *(const uint4*)(w + (top + i / 8) * cols + left + i % 8 * 8);
+    u32* to = (u32*)(tile + i / 8 * PITCH + i % 8 * 8);
+    to[0] = piece.x, to[1] = piece.y, to[2] = piece.z, to[3] = piece.w;
+  }
+  __syncthreads();
+  const int unit = thread % 64, wide = unit / 32 * 32, line = unit / 8 % 4 * 16 + unit % 8;
+  Unit packed = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      const int row = line + 8 * half, col = wide + 4 * g;
+      Four v;
+      u32 nibble;
+      if (thread < 64) {
+        nibble = kept[row / 4][col / 4] >> 4 * (row % 4) & 15;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = tile[row * PITCH + col + i];
+      } else {
+        const u32 mask = kept[col / 4][row / 4];
+        u32 bits = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          v[i] = tile[(col + i) * PITCH + row];
+          bits |= (bits_of(mask >> 4 * i & 15) >> row % 4 & 1) << i;
+        }
+        nibble = nibble_of(bits);
+      }
+      packed.put(half, g, pick(v, nibble));
+    }
+  if (thread < 64)
+    packed.store(out, top + line, left + wide, rows, cols);
+  else
+    packed.store(out_t, left + line, top + wide, cols, rows);
+}

@@ -1,0 +1,96 @@
+"""`nm24` (2:4) on NVIDIA GPUs at prefill: cuSPARSELt, with plans that are kept and algorithms that were tried out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from .. import cslt
+from ..cslt import Algorithm, Problem
+from ..formats import Format
+from . import Case, Kernel, KernelError, Packed
+from .cuda_nm24 import check, dtype_of, rows_of, unfit
+
+log = logging.getLogger("gossamer")
+_ready: dict[tuple, cslt.Plan] = {}  # for x as the library takes it, without a bias: nothing else is looked at
+VARIANTS = ()  # the library's kernels are not ours to compile
+SIZES = (512, 1024, 2048, 4096, 16384)  # tokens for which an algorithm is looked for; others go with the next
+MIN_TOKENS = 128
+
+
+class CudaNm24Vendor(Kernel):
+    """bfloat16 and float16 x, 128 tokens or more, 2:4 weights whose sizes are multiples of 16."""
+
+    name: ClassVar[str] = "cuda_nm24_vendor"
+    device: ClassVar[str] = "cuda"
+    formats: ClassVar[tuple[str, ...]] = ("nm24",)
+
+    @classmethod
+    def refuses(cls, case: Case) -> str | None:
+        if reason := cslt.refusal(case.device) or unfit(case):
+            return reason
+        if case.tokens < MIN_TOKENS:
+            return f"at least {MIN_TOKENS} tokens"
+        rows, cols = case.spec["shape"]
+        return Problem(rows, cols, SIZES[0], case.dtype, case.dtype).refuses()
+
+    @classmethod
+    def pack(cls, a: Format, dtype: torch.dtype) -> Packed:
+        check(cls.name, a, dtype)
+        dense = a.decode(dtype).detach().contiguous()
+        if reason := cslt.refusal(dense.device):
+            raise KernelError(f"{cls.name} needs {reason}; fix: choose another kernel")
+        problem = Problem(*a.shape, SIZES[0], dtype, dtype)
+        if reason := problem.refuses():
+            raise KernelError(f"{cls.name} needs {reason}; fix: choose another kernel")
+        found = _algorithms(problem, dense.get_device())
+        meta = {"rows": a.shape[0], "cols": a.shape[1], "bf16": dtype == torch.bfloat16, "algorithms": found}
+        if not found:
+            log.warning("no algorithm of cuSPARSELt is right on %s; it runs dense; fix: update the library", problem)
+        return Packed((cslt.compress(dense) if found else dense,), meta)
+
+    @classmethod
+    def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        key = x.shape, x.dtype, x.get_device(), meta["rows"], meta["cols"], meta["bf16"]
+        if bias is None and (plan := _ready.get(key)) and x.is_contiguous() and x.data_ptr() % 16 == 0:
+            return plan.run(packed[0], x, x.new_empty(x.shape[0], meta["rows"]))
+        flat = rows_of(cls.name, x, meta)
+        if not meta["algorithms"]:
+            return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
+        tokens, rows = flat.shape[0], meta["rows"]
+        if tokens % 8:
+            flat = pad(flat, (0, 0, 0, -tokens % 8))
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        plan = _plan(meta, flat.shape[0], 0 if bias is None else bias.data_ptr(), x.get_device())
+        if bias is None and flat.shape == x.shape:
+            if len(_ready) >= cslt.MAX_PLANS:
+                _ready.clear()
+            _ready[key] = plan
+        y = plan.run(packed[0], flat, x.new_empty(flat.shape[0], rows))
+        return (y if len(y) == tokens else y[:tokens]).view(*x.shape[:-1], rows)
+
+
+def _plan(meta: dict[str, Any], tokens: int, bias: int, index: int) -> cslt.Plan:
+    """The plan of a layer for so many tokens, a multiple of 8. `bias`: its address, or 0."""
+    dtype, found = dtype_of(meta), _choice(meta["algorithms"], tokens)
+    return cslt.plan(Problem(meta["rows"], meta["cols"], tokens, dtype, dtype, bias=bias), found, index)
+
+
+def _choice(algorithms: Sequence[Sequence[int]], tokens: int) -> Algorithm:
+    """Of the smallest size that the tokens fit in, else of the largest."""
+    found = next((a for a in algorithms if tokens <= a[0]), algorithms[-1])
+    return Algorithm(*found[1:])
+
+
+@cache
+def _algorithms(problem: Problem, index: int) -> list[list[int]]:
+    """[tokens, the algorithm] of each size that has one, ascending."""
+    found = [(n, cslt.best(problem._replace(columns=n), index)) for n in SIZES]
+    return [[n, *best[0]] for n, best in found if best]

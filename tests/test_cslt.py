@@ -1,0 +1,143 @@
+"""cuSPARSELt: what can be said without a GPU; with one every layout of operands, graphs and wrong algorithms."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gossamer
+from gossamer import cslt, patterns
+from gossamer.cslt import CsltError, Problem
+from gossamer.formats.nm24 import NM
+from gossamer.kernels import Case, KernelError
+from gossamer.kernels.cuda_nm24_vendor import CudaNm24Vendor
+from gossamer.nn import SparseLinear
+
+B, H, F8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+
+
+def test_what_the_library_takes() -> None:
+    assert Problem(64, 128, 8, B, B).refuses() is None
+    assert Problem(64, 128, 16, F8, B).refuses() is None
+    assert "multiples of 16, not 64 x 24" in (Problem(64, 24, 8, B, B).refuses() or "")
+    assert "multiples of 32, not 48 x 64" in (Problem(48, 64, 16, F8, B).refuses() or "")
+    assert "a multiple of 8 columns" in (Problem(64, 128, 12, H, H).refuses() or "")
+    assert "operands in bfloat16" in (Problem(64, 128, 8, torch.float32, torch.float32).refuses() or "")
+
+
+def test_a_machine_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cslt.refusal(torch.device("cpu")) == "an NVIDIA GPU"
+    monkeypatch.setattr(cslt, "NAME", "libnothing.so")
+    with pytest.raises(CsltError, match=r"does not load; fix: pip install nvidia-cusparselt-cu13"):
+        cslt._load()
+
+
+def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cslt, "_version", lambda found: (0, 7))
+    monkeypatch.setattr(cslt, "_load", lambda: _Anything())
+    cslt.library.cache_clear()
+    with pytest.raises(CsltError, match=r"cuSPARSELt is 0.7, at least 0.8 is needed"):
+        cslt.library()
+
+
+class _Anything:
+    def __getattr__(self, name: str) -> "_Anything":
+        return self
+
+
+def test_the_prefill_kernel_refuses() -> None:
+    a = NM.encode(torch.where(patterns.nm(torch.rand(64, 64)), 1.0, 0.0).bfloat16())
+    assert CudaNm24Vendor.refuses(Case(a.spec(), torch.device("cpu"), B, 512)) == "an NVIDIA GPU"
+    with pytest.raises(KernelError, match="needs an NVIDIA GPU; fix"):
+        CudaNm24Vendor.pack(a, B)
+
+
+def operands(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = cslt._operands(p, 0)
+    wide = (a.double(), b.double().mT if p.b_rows else b.double())
+    d = wide[0] @ wide[1]
+    return a, b, d.mT if p.d_rows else d
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("b_rows", [True, False])
+@pytest.mark.parametrize("d_rows", [True, False])
+@pytest.mark.parametrize(("dtype", "out"), [(B, B), (H, H), (F8, B), (torch.int8, torch.int8)], ids=str)
+def test_products(dtype: torch.dtype, out: torch.dtype, b_rows: bool, d_rows: bool) -> None:
+    p = Problem(256, 512, 96, dtype, out, b_rows, d_rows)
+    try:
+        found = cslt.best(p, 0)
+    except CsltError:
+        found = None
+    if found is None:
+        pytest.skip("the library has no such product")
+    a, b, expected = operands(p)
+    if out == torch.int8:
+        expected = expected.clamp(-128, 127)
+    assert error(cslt.matmul(cslt.compress(a), p, b, found[0]), expected) < 1e-2
+
+
+@pytest.mark.gpu
+def test_in_a_graph_and_with_a_bias() -> None:
+    p = Problem(256, 512, 64, B, B)
+    bias = torch.randn(256, device="cuda", dtype=B)
+    best = cslt.best(p, 0)
+    assert best
+    a, b, expected = operands(p)
+    packed, with_bias = cslt.compress(a), p._replace(bias=bias.data_ptr())
+    assert error(cslt.matmul(packed, with_bias, b, best[0]), expected + bias.double()) < 1e-2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cslt.matmul(packed, p, b, best[0])
+    b.mul_(2)
+    graph.replay()
+    assert error(y, 2 * expected) < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_wrong_algorithm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cslt.Plan.run
+
+    def lies(self: cslt.Plan, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        y = run(self, a, b, d)
+        return y.mul_(1.5) if self.algorithm.config == 0 else y
+
+    monkeypatch.setattr(cslt.Plan, "run", lies)
+    trials = list(cslt.trials(Problem(128, 256, 64, B, B), 0))
+    assert "relative error" in (trials[0][2] or "") and any(wrong is None for _, _, wrong in trials)
+
+
+@pytest.mark.gpu
+def test_compress_checks_its_input() -> None:
+    with pytest.raises(CsltError, match="multiples of 16"):
+        cslt.compress(torch.zeros(16, 24, dtype=B, device="cuda"))
+    with pytest.raises(CsltError, match="contiguous"):
+        cslt.compress(torch.zeros(32, 32, dtype=B, device="cuda").mT[:16])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [128, 131, 600])
+def test_the_prefill_kernel(tokens: int) -> None:
+    a = torch.where(patterns.nm(torch.rand(256, 320)), torch.randn(256, 320), 0).bfloat16().cuda()
+    x, bias = torch.randn(2, tokens, 320, device="cuda", dtype=B)[0], torch.randn(256, device="cuda", dtype=B)
+    packed = CudaNm24Vendor.pack(NM.encode(a), B)
+    expected = x.double() @ a.double().mT
+    assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, None), expected) < 1e-2
+    assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, bias), expected + bias.double()) < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_prepared_layer_compiles_and_stands_autocast() -> None:
+    a = torch.where(patterns.nm(torch.rand(256, 320)), torch.randn(256, 320), 0).bfloat16()
+    model = nn.Sequential(SparseLinear.from_format(NM.encode(a))).cuda()
+    gossamer.prepare(model, tokens=[1, 64, 512], dtype=B)
+    compiled = torch.compile(model, fullgraph=True)
+    for tokens in (1, 64, 512):
+        x = torch.randn(tokens, 320, device="cuda", dtype=B)
+        expected = x.double() @ a.cuda().double().mT
+        assert error(compiled(x), expected) < 1e-2
+        with torch.autocast("cuda", B):
+            assert error(model(x.float()), expected) < 1e-2
