@@ -77,6 +77,16 @@ class Block(Method):
             return torch.where(self._mask(w.square() * stats.gram.diagonal().clamp_min(0).to(w), keep), w, 0)
         return self._solve(w, stats.damped(self.damp), keep)
 
+    def ratio(self, shape: Shape, sparsity: float) -> float:
+        """The compression ratio at which this share of the blocks of a matrix is removed; in reach if a block is left.
+
+        ValueError unless 0 <= sparsity < 1.
+        """
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"block: a sparsity is at least 0 and below 1, not {sparsity}")
+        blocks = -(-shape[0] // ROWS) * -(-shape[1] // self.width)
+        return 1 - self._bytes(shape, max(1, round((1 - sparsity) * blocks))) / dense_bytes(shape)
+
     def flops(self, shapes: Sequence[Shape], ratio: float) -> float:
         products = 2.0 * self.rounds * (self.steps + 1) if self.score == "obs" else 0.0
         return super().flops(shapes, ratio) + sum(products * m * k * k + 3.0 * k**3 for m, k in shapes)
@@ -120,7 +130,7 @@ class Block(Method):
 
 
 def refit(weight: Tensor, mask: Tensor, gram: Tensor, start: Tensor, steps: int) -> Tensor:
-    """[M, K], zero off the mask: on it, each row's least of (s - w) H (s - w)^T, by conjugate gradients from `start`."""
+    """[M, K], zero off the mask; on it each row is the least of (s - w) H (s - w)^T, by conjugate gradients."""
     target, begin = (weight @ gram).unsqueeze(0), torch.where(mask, start, 0).unsqueeze(0)
     return masked_cg(gram.unsqueeze(0), target, begin, mask.to(weight).unsqueeze(0), steps)[0]
 
