@@ -1,7 +1,7 @@
 """What block sparsity and int8 cost a sentence encoder: nDCG@10 of all-MiniLM-L6-v2, one-shot and distilled.
 
-    python benchmarks/encoder_text.py MODEL DATA CARRY --text ...      # text to learn from, collections to judge by
-    python benchmarks/bench_encoder_quality.py pack MODEL CARRY       # the model in float16
+    python benchmarks/encoder_text.py MODEL DATA CARRY --wordnet ...   # text to learn from, and collections
+    python benchmarks/bench_encoder_quality.py pack MODEL DATA CARRY  # the model in float16
     python benchmarks/bench_encoder_quality.py run CARRY OUT --device cuda --seconds 200
 
 Every linear layer of the six blocks is pruned in 4x1 blocks, each to the same sparsity; embeddings are neither pruned
@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +35,11 @@ from gossamer.methods.block import Block
 from gossamer.plan import Rule
 from gossamer.train.distill import Distiller, embed, fit
 from gossamer.train.gradual import BlockPruner, Cubic
+from gossamer.train.spans import Spans
 from results import append, environment
 
 NAME = "all-MiniLM-L6-v2"
 SHARES = {"wikipedia": 0.25, "novels": 0.2, "wordnet": 0.2, "gcide": 0.15, "docstrings": 0.2}  # of spans
-LENGTHS = {8: 6, 12: 8, 16: 10, 24: 10, 32: 10, 48: 10, 64: 10, 96: 10, 128: 10, 192: 8, 256: 8}  # tokens: weight
-SHORT = 16  # spans up to here begin at any word, as queries and titles do; longer ones where a sentence begins
 ENDS = (1012, 999, 1029)  # . ! ?
 CLS, SEP = 101, 102
 KINDS = ("docs", "queries")
@@ -52,36 +51,13 @@ BARS = {("distilled", 0.7, False): 0.95, ("distilled", 0.8, False): 0.9, ("int8"
 BARS |= {("distilled", 0.7, True): 0.95, ("distilled", 0.8, True): 0.9}
 
 
-class Spans:
-    """Inputs cut from text, all of one length per step, so that there is no padding; a step's are always the same."""
-
-    def __init__(self, folder: Path, vocabulary: Path, tokens: int, device: str, seed: int = 0) -> None:
-        self.tokens, self.device, self.seed = tokens, device, seed
-        inner = torch.tensor([line.startswith("##") for line in vocabulary.read_text().splitlines()])
-        self.text, self.words, self.sentences, self.shares = [], [], [], []
-        for name, share in SHARES.items():
-            if (file := folder / f"text.{name}.xz").exists():
-                ids = encoder_text.read(file)
-                after = torch.isin(ids, torch.tensor(ENDS)).roll(1)
-                self.text.append(ids.to(device))
-                self.words.append((~inner[ids.long()]).nonzero().flatten().to(device))
-                self.sentences.append(after.nonzero().flatten().to(device))
-                self.shares.append(share)
-
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        chance = random.Random(f"{self.seed}.{step}")
-        length = chance.choices(list(LENGTHS), list(LENGTHS.values()))[0]
-        generator = torch.Generator(self.device).manual_seed(chance.getrandbits(40))
-        count, total = max(2, self.tokens // length), sum(self.shares)
-        sizes = [max(1, round(count * share / total)) for share in self.shares]
-        return {"input_ids": torch.cat([self.cut(i, n, length, generator) for i, n in enumerate(sizes)])}
-
-    def cut(self, source: int, count: int, length: int, generator: torch.Generator) -> Tensor:
-        ids, starts = self.text[source], (self.words if length <= SHORT else self.sentences)[source]
-        picked = starts[torch.randint(len(starts), (count,), generator=generator, device=self.device)]
-        picked = picked.clamp_max(len(ids) - length)
-        body = ids[picked[:, None] + torch.arange(length - 2, device=self.device)].long()
-        return torch.cat([body.new_full((count, 1), CLS), body, body.new_full((count, 1), SEP)], 1)
+def spans_of(carry: Path, tokens: int, device: str) -> Spans:
+    files = {name: carry / f"text.{name}.xz" for name in SHARES}
+    streams = [encoder_text.read(file) for file in files.values() if file.exists()]
+    shares = [SHARES[name] for name, file in files.items() if file.exists()]
+    words = (carry / "model/vocab.txt").read_text().splitlines()
+    inner = torch.tensor([word.startswith("##") for word in words])
+    return Spans(streams, CLS, SEP, inner, ENDS, tokens, shares, device=device)
 
 
 class Judge:
@@ -173,7 +149,7 @@ def learn(
     distiller: Distiller, spans: Spans, args: argparse.Namespace, done: Callable[[float, nn.Module], None]
 ) -> None:
     """All stages within about `args.seconds`; the number of steps follows from the speed measured so far."""
-    start, begin, before = time.perf_counter(), 0, 0.0
+    start, begin, before = time.perf_counter(), 0, zeros(distiller.student)
     rate, lr = probe(distiller, spans, args)
     ends = np.cumsum([STAGES[s] for s in args.sparsities]) / sum(STAGES[s] for s in args.sparsities)
     for sparsity, end in zip(args.sparsities, ends, strict=True):
@@ -182,11 +158,7 @@ def learn(
         schedule = Cubic(sparsity, 5, rise, max(1, rise // args.rises), before or sparsity)
         pruner = BlockPruner(distiller.student, schedule)
         print(f"{sparsity}: {steps} steps, {rate * 1e3:.1f} ms each, masks until {rise}", flush=True)
-        at, first = time.perf_counter(), begin
-
-        def batch(step: int, first: int = first) -> dict[str, Tensor]:
-            return spans(first + step)
-
+        at, batch = time.perf_counter(), partial(_from, spans, begin)
         fit(distiller, batch, steps, lr, pruner, dtype=DTYPE, log=_log, log_every=max(1, steps // 12))
         rate, begin, before = (time.perf_counter() - at) / steps, begin + steps, sparsity
         pruner.close()
@@ -194,28 +166,34 @@ def learn(
         done(sparsity, distiller.student)
 
 
+def _from(spans: Spans, begin: int, step: int) -> dict[str, Tensor]:
+    """No stage sees the inputs of another."""
+    return spans(begin + step)
+
+
+def zeros(model: nn.Module) -> float:
+    """The sparsity that a model starts with."""
+    weights = [model.get_submodule(name).weight for name in linears(model)]
+    return round(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights), 3)
+
+
 def probe(distiller: Distiller, spans: Spans, args: argparse.Namespace) -> tuple[float, float]:
     """(seconds a step, the learning rate with the least loss at the end of a short run), on copies."""
-    seconds, ends = 0.0, {}
+    seconds, ends, steps = 0.0, {}, args.least
     for lr in (args.lr[0], *args.lr):  # kernels are loaded in the first
         trial = Distiller(copy.deepcopy(distiller.student), distiller.teacher)
         pruner = BlockPruner(trial.student, Cubic(args.sparsities[-1], 5, 5))
         losses: list[float] = []
-        start, steps = time.perf_counter(), args.least
-        every = max(1, steps // 8)
-        fit(
-            trial,
-            spans,
-            steps,
-            lr,
-            pruner,
-            dtype=DTYPE,
-            log=lambda _, seen: losses.append(seen["loss"]),
-            log_every=every,
-        )
+        log = partial(_keep, losses)
+        start = time.perf_counter()
+        fit(trial, spans, steps, lr, pruner, dtype=DTYPE, log=log, log_every=max(1, steps // 8))
         seconds, ends[lr] = (time.perf_counter() - start) / steps, float(np.mean(losses[-2:]))
     print(f"probe: {ends}, {1e3 * seconds:.1f} ms a step", flush=True)
     return seconds, min(ends, key=ends.__getitem__)
+
+
+def _keep(losses: list[float], _: int, seen: Mapping[str, float]) -> None:
+    losses.append(seen["loss"])
 
 
 def _log(step: int, losses: Mapping[str, float]) -> None:
@@ -253,7 +231,7 @@ def restore(path: Path, model: nn.Module) -> nn.Module:
 def one_shot(model: nn.Module, spans: Spans, sparsity: float) -> nn.Module:
     """By `gossamer.compress`, calibrated on 260 spans of 256 tokens of the distillation text."""
     ids = torch.cat(
-        [spans.cut(i, 52, 256, torch.Generator(spans.device).manual_seed(i)) for i in range(len(spans.text))]
+        [spans.cut(i, 52, 256, torch.Generator(spans.device).manual_seed(i)) for i in range(len(spans.shares))]
     )
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linears(model)}
     rules = [Rule(name, None, Block().ratio(shape, sparsity)) for name, shape in shapes.items()]
@@ -268,9 +246,10 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     teacher = load(args.carry / "model", args.device)
-    spans = Spans(args.carry, args.carry / "model/vocab.txt", args.tokens, args.device)
+    spans = spans_of(args.carry, args.tokens, args.device)
     names, stages = linears(teacher), {}
-    distiller = Distiller(trainable(copy.deepcopy(teacher)), teacher)
+    student = trainable(copy.deepcopy(teacher))
+    distiller = Distiller(restore(args.start, student) if args.start else student, teacher)
 
     def done(sparsity: float, student: nn.Module) -> None:
         stages[sparsity] = file = args.out / f"distilled_{round(100 * sparsity)}.safetensors"
@@ -300,7 +279,7 @@ def judge_all(args: argparse.Namespace, teacher: nn.Module, spans: Spans, stages
 
 def evaluate(args: argparse.Namespace) -> None:
     teacher = load(args.carry / "model", args.device)
-    spans = Spans(args.carry, args.carry / "model/vocab.txt", args.tokens, args.device)
+    spans = spans_of(args.carry, args.tokens, args.device)
     found = {s: args.out / f"distilled_{round(100 * s)}.safetensors" for s in args.sparsities}
     judge_all(args, teacher, spans, {s: f for s, f in found.items() if f.exists()})
 
@@ -331,6 +310,7 @@ def main() -> None:
         sub.add_argument("--collections", nargs="*", default=list(ir_data.COLLECTIONS))
         if verb == "run":
             sub.add_argument("--seconds", type=float, default=200, help="of training")
+            sub.add_argument("--start", type=Path, help="a file of an earlier run to go on from")
             sub.add_argument("--lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="tried for a moment")
             sub.add_argument("--rises", type=int, default=8, help="choices of masks per stage")
             sub.add_argument("--least", type=int, default=150, help="steps of a trial, and of a stage at least")

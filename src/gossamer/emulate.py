@@ -22,7 +22,7 @@ Ranges = Mapping[str, tuple[float, int]]  # layer -> (scale, zero) of its input
 
 
 class EmulatedInt8(nn.Module):
-    """A linear layer as int8 computes it: by (scale, zero) of its input, or by a scale per token where there is none."""
+    """A linear layer as int8 computes it: by (scale, zero) of its input, or with a scale per token."""
 
     def __init__(self, linear: nn.Linear, found: tuple[float, int] | None = None) -> None:
         super().__init__()

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import patterns
-from ..layers import find, first_input, is_linear
+from ..formats.bsr_int8 import ROWS, BsrInt8
+from ..layers import find, first_input, is_linear, replace
 from ..methods.block import Block
+from ..nn import SparseLinear
 from ..stats import Stats
 
 WATCH = 4  # steps before masks are chosen in which inputs are observed
@@ -131,6 +133,15 @@ class BlockPruner:
         """Stop observing; the weights stay as they are."""
         for hook in self._hooks:
             hook.remove()
+
+    def finish(self) -> nn.Module:
+        """Stop, and store every pruned layer as `bsr_int8`, in place: the model is then one to save or to prepare."""
+        self.close()
+        for name, weight in self._weights():
+            bias = self.model.get_submodule(name).bias
+            stored = BsrInt8.encode(weight.detach().float(), (ROWS, self.method.width))
+            replace(self.model, name, SparseLinear.from_format(stored, bias))  # type: ignore[arg-type]
+        return self.model
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         return [layer for group in self.groups for layer in group]
