@@ -83,7 +83,9 @@ class Block(Method):
         ValueError unless 0 <= sparsity < 1.
         """
         if not 0 <= sparsity < 1:
-            raise ValueError(f"block: a sparsity is at least 0 and below 1, not {sparsity}; 0.8 removes four of five blocks")
+            raise ValueError(
+                f"block: a sparsity is at least 0 and below 1, not {sparsity}; 0.8 removes four of five blocks"
+            )
         blocks = -(-shape[0] // ROWS) * -(-shape[1] // self.width)
         return 1 - self._bytes(shape, max(1, round((1 - sparsity) * blocks))) / dense_bytes(shape)
 
@@ -120,13 +122,15 @@ class Block(Method):
 
     def _keep(self, shape: Shape, ratio: float) -> int:
         """Blocks that fill the budget after the mask is paid."""
-        m, k = shape
+        budget, count = int((1 - ratio) * dense_bytes(shape)), -(-shape[0] // ROWS) * -(-shape[1] // self.width)
+        if self._bytes(shape, count) <= budget:
+            return count
         item = 1 if self.format == "bsr_int8" else dtype_of(self.dtype).itemsize
-        keep = (int((1 - ratio) * dense_bytes(shape)) - self._bytes(shape, 0)) // (ROWS * self.width * item)
+        keep = (budget - self._bytes(shape, 0)) // (ROWS * self.width * item)
         if keep < 1:
             most = 1 - self._bytes(shape, 1) / dense_bytes(shape)
             raise RatioError(f"block: ratio {ratio} is out of reach for {shape}; at most {most:.4f}")
-        return min(keep, -(-m // ROWS) * -(-k // self.width))
+        return keep
 
 
 def refit(weight: Tensor, mask: Tensor, gram: Tensor, start: Tensor, steps: int) -> Tensor:

@@ -50,7 +50,7 @@ class Distiller(nn.Module):
             raise ValueError("the weights of the losses are at least 0, and one is above")
         self.student, self.weights = student, {"hidden": hidden, "embedding": embedding, "similarity": similarity}
         self.pool, self.temperature = pool, temperature
-        self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple: no submodule
+        self._teacher = (teacher.eval(),)  # a tuple: no submodule
         self.train()
 
     @property
@@ -129,9 +129,11 @@ def fit(
     what an uninterrupted one does. `dtype`: of autocast. `checkpoint`: a file that is written every `every` steps and
     resumed from, and is yours to remove. `log(step, losses)` gets the means of every `log_every` steps.
 
-    FloatingPointError when the loss is no longer finite.
+    FloatingPointError when the loss is no longer finite; ValueError for a student that is frozen.
     """
     trained = [p for p in distiller.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("nothing of the student requires a gradient; fix: student.requires_grad_()")
     device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     start = _resume(checkpoint, distiller, optimizer, pruner)

@@ -46,7 +46,7 @@ class Cubic:
 
     def __call__(self, step: int) -> float:
         done = min(1.0, max(0.0, (step - self.begin) / max(1, self.end - self.begin)))
-        reached = self.final + (self.initial - self.final) * (1 - done) ** 3
+        reached = self.initial + (self.final - self.initial) * (1 - (1 - done) ** 3)
         return self.final if step >= self.end else reached
 
     def due(self, step: int) -> bool:
@@ -117,7 +117,9 @@ class BlockPruner:
         return 1 - kept / sum(m.numel() for m in self.masks.values())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self._step, "masks": {name: mask.bool() for name, mask in self.masks.items()}}
+        """Masks, and what was observed for the next choice of them."""
+        masks = {name: mask.bool() for name, mask in self.masks.items()}
+        return {"step": self._step, "masks": masks, "seen": dict(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """KeyError unless the state is of the same layers."""
@@ -127,6 +129,8 @@ class BlockPruner:
             raise KeyError(f"the saved masks are of other layers ({names}); fix: prune the same layers as before")
         self._step = state["step"]
         self.masks = {name: masks[name].to(weight) for name, weight in self._weights()}
+        device = next(iter(self.masks.values())).device
+        self._seen = {name: (gram.to(device), count) for name, (gram, count) in state["seen"].items()}
         self.apply()
 
     def close(self) -> None:

@@ -42,10 +42,14 @@ class Spans:
         total = sum(shares or [len(s) for s in streams])
         self.shares = [s / total for s in shares or [len(s) for s in streams]]
         self._ids = [s.to(self.device, torch.int32) for s in streams]
-        self._words = [_where(~inner[s.long()]).to(self.device) for s in streams]
-        self._sentences = [
-            _where(torch.isin(s.long(), torch.tensor(list(stops))).roll(1)).to(self.device) for s in streams
-        ]
+        self._starts: dict[tuple[int, int], Tensor] = {}  # of spans of a length in a stream
+        for i, stream in enumerate(streams):
+            words = _where(~inner[stream.long()]).to(self.device)
+            sentences = _where(torch.isin(stream.long(), torch.tensor([*stops])).roll(1)).to(self.device)
+            for length in lengths:
+                fits = words if length <= SHORT else sentences
+                fits = fits[fits <= len(stream) - (length - 2)]
+                self._starts[i, length] = fits if len(fits) else words[:1]
 
     @classmethod
     def of(cls, texts: Iterable[str], tokenizer: Any, longest: int = 256, tokens: int = 16_384, **more: Any) -> Self:
@@ -70,9 +74,8 @@ class Spans:
 
     def cut(self, source: int, count: int, length: int, generator: torch.Generator) -> Tensor:
         """`count` spans of one stream, int64 [count, length]."""
-        ids, starts = self._ids[source], (self._words if length <= SHORT else self._sentences)[source]
+        ids, starts = self._ids[source], self._starts[source, length]
         picked = starts[torch.randint(len(starts), (count,), generator=generator, device=self.device)]
-        picked = picked.clamp_max(len(ids) - (length - 2))
         body = ids[picked[:, None] + torch.arange(length - 2, device=self.device)].long()
         return torch.cat([body.new_full((count, 1), self.first), body, body.new_full((count, 1), self.last)], 1)
 
@@ -86,9 +89,9 @@ def inner(tokenizer: Any) -> Tensor:
 
 
 def _where(mask: Tensor) -> Tensor:
-    """Indices that are set; all of them if none is."""
+    """Indices that are set; the first if none is."""
     found = mask.nonzero().flatten()
-    return found if len(found) else torch.arange(len(mask))
+    return found if len(found) else torch.zeros(1, dtype=torch.int64)
 
 
 def _ids(texts: Iterable[str], tokenizer: Any) -> Iterable[int]:
