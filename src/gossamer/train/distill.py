@@ -49,7 +49,8 @@ class Distiller(nn.Module):
         if min(hidden, embedding, similarity) < 0 or not hidden + embedding + similarity:
             raise ValueError("the weights of the losses are at least 0, and one is above")
         self.student, self.weights = student, {"hidden": hidden, "embedding": embedding, "similarity": similarity}
-        self.pool, self.temperature = pool, temperature
+        self.pool: Pool = pool
+        self.temperature = temperature
         self._teacher = (teacher.eval(),)  # a tuple: no submodule
         self.train()
 

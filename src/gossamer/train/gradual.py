@@ -185,6 +185,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
         raise TypeError(f"{name} is a {type(module).__name__}; fix: name nn.Linear layers")
     if hasattr(module.weight, "to_local"):
         raise TypeError(f"{name}: its weight is sharded; fix: prune under DDP or on one device")
+    assert isinstance(module.weight, nn.Parameter)
     return module.weight
 
 
