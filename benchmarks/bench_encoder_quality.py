@@ -46,6 +46,7 @@ KINDS = ("docs", "queries")
 UNIT = "share of dense nDCG@10"
 DTYPE = torch.bfloat16  # of autocast
 STAGES = {0.5: 0.12, 0.7: 0.38, 0.8: 0.5}  # sparsity: share of the time
+MINUTES = 20  # of one GPU that the distillation may take
 RISE = 0.35  # of a stage's steps, in which sparsity rises
 BARS = {("distilled", 0.7, False): 0.95, ("distilled", 0.8, False): 0.9, ("int8", 0.0, True): 0.99}
 BARS |= {("distilled", 0.7, True): 0.95, ("distilled", 0.8, True): 0.9}
@@ -146,7 +147,7 @@ def trainable(model: nn.Module) -> nn.Module:
 
 
 def learn(
-    distiller: Distiller, spans: Spans, args: argparse.Namespace, done: Callable[[float, nn.Module], None]
+    distiller: Distiller, spans: Spans, args: argparse.Namespace, done: Callable[[float, nn.Module, int, float], None]
 ) -> None:
     """All stages within about `args.seconds`; the number of steps follows from the speed measured so far."""
     start, begin, before = time.perf_counter(), 0, zeros(distiller.student)
@@ -163,7 +164,7 @@ def learn(
         rate, begin, before = (time.perf_counter() - at) / steps, begin + steps, sparsity
         pruner.close()
         print(f"{sparsity}: sparsity {pruner.sparsity():.4f}, {time.perf_counter() - start:.1f} s", flush=True)
-        done(sparsity, distiller.student)
+        done(sparsity, distiller.student, begin, time.perf_counter() - start)
 
 
 def _from(spans: Spans, begin: int, step: int) -> dict[str, Tensor]:
@@ -251,9 +252,13 @@ def run(args: argparse.Namespace) -> None:
     student = trainable(copy.deepcopy(teacher))
     distiller = Distiller(restore(args.start, student) if args.start else student, teacher)
 
-    def done(sparsity: float, student: nn.Module) -> None:
+    def done(sparsity: float, student: nn.Module, steps: int, seconds: float) -> None:
         stages[sparsity] = file = args.out / f"distilled_{round(100 * sparsity)}.safetensors"
         save(file, student, names)
+        case = {"model": NAME, "sparsity": sparsity, "variant": "distilled", "tokens_a_step": args.tokens}
+        line = {"bench": "quality", "summary": "training_seconds", "case": case, "value": round(seconds, 1)}
+        bar = {"sense": "<=", "must": MINUTES * 60, "unit": "s, trials of learning rates included", "n": steps}
+        append(args.out / "quality.jsonl", line | bar | environment(args.device))
 
     learn(distiller, spans, args, done)
     print(f"trained {time.perf_counter() - began:.1f} s", flush=True)

@@ -38,6 +38,11 @@ def test_the_plan_has_the_sparsity_of_every_shape(bert, bert_folder) -> None:
         targets.cpu(bert_folder, 1.5)
 
 
+def test_the_plan_is_printed_before_any_work(bert_folder) -> None:
+    result = run("plan", bert_folder, "--target", "cpu", "--sparsity", 0.5)
+    assert result.exit_code == 0 and result.output.count("block") >= 6
+
+
 def test_one_command_one_shot(bert_folder, tmp_path) -> None:
     (tmp_path / "text").write_text(TEXT)
     more = ["--calibration", tmp_path / "text", "--samples", 8, "--length", 32]
@@ -54,7 +59,7 @@ def test_one_command_distilled(bert_folder, tmp_path) -> None:
     more = ["--distill", tmp_path / "text", "--steps", 4, "--work", tmp_path / "work"]
     result = run("compress", bert_folder, "-o", out, "--target", "cpu", "--sparsity", 0.5, *more)
     assert result.exit_code == 0, result.output
-    assert "step 4 of 4: loss" in result.output and (tmp_path / "work/distill.pt").is_file()
+    assert "step 4 of 4: loss" in result.output and (tmp_path / "work/distill_0.5_4.pt").is_file()
     assert share_of_blocks(gossamer.load(out)) == [pytest.approx(0.5, abs=0.01)] * 12
 
 
@@ -94,6 +99,7 @@ def test_a_sentence_transformers_folder_stays_one(tmp_path) -> None:
         (["--target", "cpu", "--sparsity", "1"], "below 1, not 1.0"),
         (["--sparsity", "0.5"], "--sparsity belongs to --target"),
         (["--distill", "x"], "--distill belongs to --target"),
+        (["--target", "cpu", "--distill", "x", "--rule", "*=dense"], "--rule is of pruning at once; fix"),
     ],
 )
 def test_mistakes_are_named(bert_folder, tmp_path, args: list[str], text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ from . import methods
 from .methods.block import Block
 from .plan import Plan, Rule, plan
 
-log = logging.getLogger("gossamer")
-
 RISE = 0.35  # of the steps of a distillation, in which sparsity rises
 CHOICES = 12  # of masks, on the way
+SAVES = 20  # checkpoints of a distillation
 
 
 def cpu(model_or_dir: nn.Module | str | Path, sparsity: float = 0.8, rules: Sequence[Rule] = (), **knobs: Any) -> Plan:
@@ -64,12 +62,13 @@ def distill(
     longest = min(256, getattr(model.config, "max_position_embeddings", 256) - 2)
     spans = Spans.of(texts, tokenizer, longest, tokens, device=device)
     distiller = Distiller(model, copy.deepcopy(model))
-    for parameter in getattr(model, "embeddings", nn.Module()).parameters():
+    for parameter in getattr(getattr(model, "base_model", model), "embeddings", nn.Module()).parameters():
         parameter.requires_grad_(False)
     rise = max(1, round(RISE * steps))
     pruner = BlockPruner(model, Cubic(sparsity, 0, rise, max(1, rise // CHOICES)))
     dtype = torch.bfloat16 if device.type == "cuda" else None
-    fit(distiller, spans, steps, lr, pruner, dtype=dtype, checkpoint=checkpoint, log=progress)
+    every = max(1, steps // SAVES)
+    fit(distiller, spans, steps, lr, pruner, dtype=dtype, checkpoint=checkpoint, every=every, log=progress)
     pruner.finish()
     return model.requires_grad_(False)
 

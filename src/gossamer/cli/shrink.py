@@ -90,7 +90,7 @@ def compress(
     _check_plan_alone(ctx, plan_file)
     _check_target(ctx, target)
     if target and distill:
-        _distill(model, out, read_text(distill), sparsity, steps, work, device)
+        _distill(model, out, read_text(distill), sparsity, steps, work, device, fresh)
         return
     text = _calibration_text(calibration)
     from .. import targets
@@ -132,7 +132,7 @@ def compress(
 
 
 def _distill(
-    model: str, out: Path, text: str, sparsity: float, steps: int, work: Path | None, device: str | None
+    model: str, out: Path, text: str, sparsity: float, steps: int, work: Path | None, device: str | None, fresh: bool
 ) -> None:
     """Learn to be sparse; the checkpoint in the work folder is what a second call goes on from."""
     from .. import targets
@@ -143,12 +143,15 @@ def _distill(
     live, tokenizer = open_model(model, "float32")
     place = (work or out.with_name(out.name + ".work")).resolve()
     place.mkdir(parents=True, exist_ok=True)
+    checkpoint = place / f"distill_{sparsity:g}_{steps}.pt"
+    if fresh:
+        checkpoint.unlink(missing_ok=True)
 
     def tell(step: int, losses: Any) -> None:
         console.print(f"step {step:,} of {steps:,}: loss {losses['loss']:.4f}, cosine {1 - losses['embedding']:.4f}")
 
     lines = [line for line in text.splitlines() if line.strip()]
-    more = {"device": device, "checkpoint": place / "distill.pt", "progress": tell}
+    more = {"device": device, "checkpoint": checkpoint, "progress": tell}
     save(targets.distill(live, tokenizer, lines, sparsity, steps, **more).cpu(), out, tokenizer=tokenizer)
     targets.copy_pipeline(Path(model), out)
     if work is None:
@@ -245,6 +248,8 @@ def _check_target(ctx: typer.Context, target: str | None) -> None:
         raise ValueError(f"there is no target '{target}'; fix: --target cpu")
     if target and (given := options & {"--method", "--ratio", "--codes", "--plan"}):
         raise ValueError(f"{min(given)} beside --target, which decides it; fix: leave one of them out")
+    if "--distill" in options and (given := options & {"--rule", "--knob", "--calibration", "--sequential"}):
+        raise ValueError(f"{min(given)} is of pruning at once; fix: leave it out beside --distill")
     if not target and (given := options & {"--sparsity", "--distill", "--steps"}):
         raise ValueError(f"{min(given)} belongs to --target; fix: add --target cpu")
 

@@ -4,8 +4,7 @@
 (`wanda`), or the loss of the layer's output when what is left makes up for it (`obs`). With the Gram H of the input,
 a weight costs w_ij^2 / [H^-1]_jj (optimal brain surgeon; oBERT, arXiv 2203.07259, sums it over blocks). Survivors are
 then not stepped towards the optimum, as SparseGPT's sweep over columns does, but solved for: in a few rounds blocks
-are removed, and each row's least squares on its support is found by conjugate gradients. On the layers of MiniLM at
-80 % sparsity this loses 0.39 to 0.77 of what the sweep loses.
+are removed, and each row's least squares on its support is found by conjugate gradients. All of it is matrix products.
 """
 
 from __future__ import annotations
