@@ -67,13 +67,10 @@ class Judge:
     def __init__(self, folder: Path, device: str, names: list[str]) -> None:
         self.device, self.tokens = device, 65_536 if device != "cpu" else 8192
         judged = json.loads((folder / "judged.json").read_text())
-        self.parts = {
-            name: (
-                *(encoder_text.split(encoder_text.read(folder / f"{name}.{kind}.xz")) for kind in KINDS),
-                judged[name],
-            )
-            for name in names
-        }
+        self.parts = {}
+        for name in names:
+            docs, queries = (encoder_text.split(encoder_text.read(folder / f"{name}.{kind}.xz")) for kind in KINDS)
+            self.parts[name] = docs, queries, judged[name]
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         model = model.eval().to(self.device)
@@ -121,15 +118,8 @@ class Record:
         self.dense = self.dense or found
         kept = sum(found.values()) / sum(self.dense.values())
         case = {"model": NAME, "sparsity": sparsity, "variant": variant, "int8": int8, "pattern": "4x1"} | more
-        bar = {
-            "must": None if more else BARS.get((variant, sparsity, int8)),
-            "sense": ">=",
-            "unit": "share of dense nDCG@10",
-        }
-        detail = {
-            "ndcg": {n: round(v, 5) for n, v in found.items()},
-            "dense": {n: round(v, 5) for n, v in self.dense.items()},
-        }
+        bar = {"sense": ">=", "must": None if more else BARS.get((variant, sparsity, int8)), "unit": UNIT}
+        detail = {key: {n: round(v, 5) for n, v in of.items()} for key, of in (("ndcg", found), ("dense", self.dense))}
         line = {"bench": "quality", "summary": "ndcg_kept", "case": case, "value": round(kept, 5)} | bar
         append(self.out / "quality.jsonl", line | {"n": len(found)} | detail | environment(self.device))
         seconds = time.perf_counter() - start

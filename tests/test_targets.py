@@ -89,6 +89,10 @@ def test_a_sentence_transformers_folder_stays_one(tmp_path) -> None:
     targets.copy_pipeline(source, out)
     assert (out / "1_Pooling/config.json").is_file() and json.loads((out / "modules.json").read_text()) == listing
     targets.copy_pipeline(tmp_path, out)  # none of its kind: nothing to do
+    (tmp_path / "other").mkdir()
+    (source / "modules.json").write_text(json.dumps([{"path": "../other"}]))
+    targets.copy_pipeline(source, out)
+    assert not (out / "other").exists()
 
 
 @pytest.mark.parametrize(

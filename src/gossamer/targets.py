@@ -31,8 +31,9 @@ def cpu(model_or_dir: nn.Module | str | Path, sparsity: float = 0.8, rules: Sequ
     block = methods.create("block", format="bsr_int8", **knobs)
     assert isinstance(block, Block)
     names = [name for found in finder.find(model) for group in found.groups for name in group]
-    each = [Rule(n, None, block.ratio(finder.shape_of(model.get_submodule(n)), sparsity)) for n in names]
-    return plan(model_or_dir, "block", each[0].ratio or 0.5, [*each, *rules], format="bsr_int8", **knobs)
+    ratios = {name: block.ratio(finder.shape_of(model.get_submodule(name)), sparsity) for name in names}
+    each = [Rule(name, None, ratio) for name, ratio in ratios.items()]
+    return plan(model_or_dir, "block", max(ratios.values()), [*each, *rules], format="bsr_int8", **knobs)
 
 
 def distill(
@@ -78,10 +79,9 @@ def copy_pipeline(source: Path, out: Path) -> None:
     listing = source / "modules.json"
     if not listing.is_file():
         return
-    kept = [listing, *(source / n for n in ("config_sentence_transformers.json", "sentence_bert_config.json"))]
-    for file in kept:
-        if file.is_file():
-            shutil.copy(file, out)
-    for module in json.loads(listing.read_text()):
-        if module["path"] and (source / module["path"]).is_dir():
-            shutil.copytree(source / module["path"], out / module["path"], dirs_exist_ok=True)
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        if (source / name).is_file():
+            shutil.copy(source / name, out)
+    for folder in (source / module["path"] for module in json.loads(listing.read_text()) if module["path"]):
+        if folder.is_dir() and folder.resolve().parent == source.resolve():  # a listing cannot name others' folders
+            shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)

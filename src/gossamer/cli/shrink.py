@@ -32,6 +32,7 @@ Target = Annotated[
 Sparsity = Annotated[float, typer.Option(help="With --target: share of the blocks to remove.")]
 
 BUILTIN, BUILTIN_SAMPLES, SAMPLES = "builtin", 128, 256
+AT_ONCE = {"--rule", "--knob", "--calibration", "--samples", "--length", "--sequential", "--dtype"}  # no --distill
 READS = 256  # tokens per calibration window of an encoder
 
 
@@ -102,9 +103,8 @@ def compress(
     check_device(device)
     made = Plan.load(plan_file) if plan_file else None
     if made is None and (headers := _headers_only(model)):
-        _plan(
-            headers, method, ratio, rule, knob, codes, target, sparsity
-        )  # what cannot work fails before the weights are read
+        # What cannot work fails before the weights are read.
+        _plan(headers, method, ratio, rule, knob, codes, target, sparsity)
     live, tokenizer = open_model(model, dtype)
     made = made or _plan(live, method, ratio, rule, knob, codes, target, sparsity)
     length = min(length, READS) if target else length
@@ -182,9 +182,9 @@ def _plan(  # type: ignore[no-untyped-def]
     chosen = {**parse_knobs(knobs or []), **({"codes": codes} if codes else {})}
     parsed = [parse_rule(r) for r in rules or []]
     try:
-        return (
-            targets.cpu(model, sparsity, parsed, **chosen) if target else make(model, method, ratio, parsed, **chosen)
-        )
+        if target:
+            return targets.cpu(model, sparsity, parsed, **chosen)
+        return make(model, method, ratio, parsed, **chosen)
     except TypeError as e:  # an unknown knob
         raise ValueError(f"{e}; fix: leave it out") from e
 
@@ -248,7 +248,7 @@ def _check_target(ctx: typer.Context, target: str | None) -> None:
         raise ValueError(f"there is no target '{target}'; fix: --target cpu")
     if target and (given := options & {"--method", "--ratio", "--codes", "--plan"}):
         raise ValueError(f"{min(given)} beside --target, which decides it; fix: leave one of them out")
-    if "--distill" in options and (given := options & {"--rule", "--knob", "--calibration", "--sequential"}):
+    if "--distill" in options and (given := options & AT_ONCE):
         raise ValueError(f"{min(given)} is of pruning at once; fix: leave it out beside --distill")
     if not target and (given := options & {"--sparsity", "--distill", "--steps"}):
         raise ValueError(f"{min(given)} belongs to --target; fix: add --target cpu")

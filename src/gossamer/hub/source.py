@@ -53,10 +53,11 @@ def _may_be_hub_id(name: str) -> bool:
 def _class(source: str | Path) -> Any:
     """An encoder keeps its own class; everything else is opened as a causal language model."""
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     name = (config.architectures or [""])[0]
-    encoder = not getattr(config, "is_decoder", False) and name.endswith(("MaskedLM", "Classification", "Model"))
+    encoder = config.model_type in ENCODERS and not name.endswith(("ForCausalLM", "LMHeadModel"))
     return (getattr(transformers, name, None) if encoder else None) or transformers.AutoModelForCausalLM
 
 
