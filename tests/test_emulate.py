@@ -8,6 +8,8 @@ from torch import nn
 
 from gossamer.emulate import EmulatedInt8, calibrate, emulate, linears, per_tensor, per_token
 from gossamer.formats.bsr_int8 import BsrInt8
+from gossamer.kernels import _bsr
+from gossamer.kernels.cpu_bsr_int8 import CpuBsrInt8
 from gossamer.quant import Range
 from gossamer.stats import CalibrationError
 
@@ -73,3 +75,14 @@ def test_mistakes_are_named(bert) -> None:
     bert.encoder.layer[1].output.dense.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or Inf"):
         emulate(bert)
+
+
+@pytest.mark.skipif(not _bsr.available(), reason="needs the compiled core")
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_the_kernel_computes_what_is_emulated(tokens: int) -> None:
+    linear, x = nn.Linear(96, 40), torch.randn(tokens, 96)
+    with torch.no_grad():
+        linear.weight *= (torch.rand(10, 96) < 0.3).repeat_interleave(4, 0)
+    packed = CpuBsrInt8.pack(BsrInt8.encode(linear.weight.detach()), torch.float32)
+    found = CpuBsrInt8.run(x, packed.tensors, packed.meta, linear.bias.detach())
+    assert torch.allclose(found, EmulatedInt8(linear)(x), atol=2e-5)
