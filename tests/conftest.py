@@ -47,3 +47,33 @@ def tiny_folder(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     return folder
+
+
+def small_bert():
+    """A BERT of 2 layers of width 32; its 61 tokens are punctuation and letters."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(vocab_size=61, max_position_embeddings=64, **sizes), add_pooling_layer=False).eval()
+
+
+@pytest.fixture
+def bert():
+    pytest.importorskip("transformers")
+    return small_bert()
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory) -> Path:
+    """A Hugging Face folder of `small_bert`, with a tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    import string
+
+    folder = tmp_path_factory.mktemp("bert") / "model"
+    small_bert().save_pretrained(folder)
+    letters = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "!", "?", ",", *letters]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder

@@ -203,3 +203,15 @@ def _groups(w: Tensor) -> Tensor:
     if w.shape[-1] % 4:
         raise ValueError(f"the last size, {w.shape[-1]}, is not a multiple of 4; fix: pad it, or leave the layer dense")
     return w.unflatten(-1, (w.shape[-1] // 4, 4))
+
+
+def block_sums(scores: Tensor, rows: int = 4, width: int = 1) -> Tensor:
+    """[ceil(M/rows), ceil(K/width)]: the sum over each block of `scores` [M, K]; blocks at the edge are smaller."""
+    m, k = scores.shape
+    padded = torch.nn.functional.pad(scores, (0, -k % width, 0, -m % rows))
+    return padded.view(-(-m // rows), rows, -(-k // width), width).sum((1, 3))
+
+
+def spread(blocks: Tensor, shape: tuple[int, int], rows: int = 4, width: int = 1) -> Tensor:
+    """[M, K] of `shape`: what `blocks` [ceil(M/rows), ceil(K/width)] says of the block that each entry is in."""
+    return blocks.repeat_interleave(rows, 0).repeat_interleave(width, 1)[: shape[0], : shape[1]]

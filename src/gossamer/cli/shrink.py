@@ -26,21 +26,32 @@ Rules = Annotated[
 Knobs = Annotated[list[str] | None, typer.Option("--knob", help="A knob of the method, as NAME=VALUE.")]
 Codes = Annotated[str | None, typer.Option(help="Short for --knob codes=...: bitmask or nm24 (cospadi).")]
 
+Target = Annotated[
+    str | None, typer.Option(help="cpu: every layer in 4x1 blocks of int8, for encoders; takes the place of a method.")
+]
+Sparsity = Annotated[float, typer.Option(help="With --target: share of the blocks to remove.")]
+
 BUILTIN, BUILTIN_SAMPLES, SAMPLES = "builtin", 128, 256
+AT_ONCE = {"--rule", "--knob", "--calibration", "--samples", "--length", "--sequential", "--dtype"}  # no --distill
+READS = 256  # tokens per calibration window of an encoder
 
 
 @app.command()
 def plan(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder (only headers are read), hub id or GGUF.")],
     method: Method = "auto",
     ratio: Ratio = 0.3,
     rule: Rules = None,
     knob: Knobs = None,
     codes: Codes = None,
+    target: Target = None,
+    sparsity: Sparsity = 0.8,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the plan here, for compress --plan.")] = None,
 ) -> None:
     """Dry run: bytes before and after per layer, peak memory and time, before any work."""
-    made = _plan(_skeleton_or_model(model), method, ratio, rule, knob, codes)
+    _check_target(ctx, target)
+    made = _plan(_skeleton_or_model(model), method, ratio, rule, knob, codes, target, sparsity)
     if out:
         made.save(out)
     console.print(plan_table(made))
@@ -61,6 +72,10 @@ def compress(
     rule: Rules = None,
     knob: Knobs = None,
     codes: Codes = None,
+    target: Target = None,
+    sparsity: Sparsity = 0.8,
+    distill: Annotated[Path | None, typer.Option("--distill", help="Text to learn from; with --target.")] = None,
+    steps: Annotated[int, typer.Option(help="Of --distill, 16,384 tokens each.")] = 6000,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="A plan from gossamer plan --json.")] = None,
     calibration: Annotated[str, typer.Option(help="Text file, or 'builtin'.")] = BUILTIN,
     samples: Annotated[int | None, typer.Option(help="Windows to calibrate on; 256, builtin 128.")] = None,
@@ -74,7 +89,12 @@ def compress(
     """Compress a model; interrupt it whenever you like and run the same command to resume."""
     _check_out(out)
     _check_plan_alone(ctx, plan_file)
+    _check_target(ctx, target)
+    if target and distill:
+        _distill(model, out, read_text(distill), sparsity, steps, work, device, fresh)
+        return
     text = _calibration_text(calibration)
+    from .. import targets
     from ..checkpoint import save
     from ..compress import compress as run
     from ..hub.source import check_device, open_model
@@ -83,9 +103,11 @@ def compress(
     check_device(device)
     made = Plan.load(plan_file) if plan_file else None
     if made is None and (headers := _headers_only(model)):
-        _plan(headers, method, ratio, rule, knob, codes)  # what cannot work fails before the weights are read
+        # What cannot work fails before the weights are read.
+        _plan(headers, method, ratio, rule, knob, codes, target, sparsity)
     live, tokenizer = open_model(model, dtype)
-    made = made or _plan(live, method, ratio, rule, knob, codes)
+    made = made or _plan(live, method, ratio, rule, knob, codes, target, sparsity)
+    length = min(length, READS) if target else length
     console.print(plan_table(made))
     out = out.resolve()
     place = work or out.with_name(out.name + ".work")
@@ -104,7 +126,37 @@ def compress(
     _print_report(*reports)
     if work is None:
         shutil.rmtree(place)
-    console.print(f"Saved to {out}. Next: gossamer eval {out}")
+    if target:
+        targets.copy_pipeline(Path(model), out)
+    console.print(f"Saved to {out}. Next: gossamer {'explain' if target else 'eval'} {out}")
+
+
+def _distill(
+    model: str, out: Path, text: str, sparsity: float, steps: int, work: Path | None, device: str | None, fresh: bool
+) -> None:
+    """Learn to be sparse; the checkpoint in the work folder is what a second call goes on from."""
+    from .. import targets
+    from ..checkpoint import save
+    from ..hub.source import check_device, open_model
+
+    check_device(device)
+    live, tokenizer = open_model(model, "float32")
+    place = (work or out.with_name(out.name + ".work")).resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    checkpoint = place / f"distill_{sparsity:g}_{steps}.pt"
+    if fresh:
+        checkpoint.unlink(missing_ok=True)
+
+    def tell(step: int, losses: Any) -> None:
+        console.print(f"step {step:,} of {steps:,}: loss {losses['loss']:.4f}, cosine {1 - losses['embedding']:.4f}")
+
+    lines = [line for line in text.splitlines() if line.strip()]
+    more = {"device": device, "checkpoint": checkpoint, "progress": tell}
+    save(targets.distill(live, tokenizer, lines, sparsity, steps, **more).cpu(), out, tokenizer=tokenizer)
+    targets.copy_pipeline(Path(model), out)
+    if work is None:
+        shutil.rmtree(place)
+    console.print(f"Saved to {out}. Next: gossamer explain {out}")
 
 
 def _print_report(report: Report) -> None:
@@ -114,12 +166,25 @@ def _print_report(report: Report) -> None:
     console.print(f"Block linears: {size(dense)} -> {size(stored)}, ratio {report.ratio:.4f}.")
 
 
-def _plan(model: Any, method: str, ratio: float, rules: list[str] | None, knobs: list[str] | None, codes: str | None):  # type: ignore[no-untyped-def]
+def _plan(  # type: ignore[no-untyped-def]
+    model: Any,
+    method: str,
+    ratio: float,
+    rules: list[str] | None,
+    knobs: list[str] | None,
+    codes: str | None,
+    target: str | None,
+    sparsity: float,
+):
+    from .. import targets
     from ..plan import plan as make
 
     chosen = {**parse_knobs(knobs or []), **({"codes": codes} if codes else {})}
+    parsed = [parse_rule(r) for r in rules or []]
     try:
-        return make(model, method, ratio, [parse_rule(r) for r in rules or []], **chosen)
+        if target:
+            return targets.cpu(model, sparsity, parsed, **chosen)
+        return make(model, method, ratio, parsed, **chosen)
     except TypeError as e:  # an unknown knob
         raise ValueError(f"{e}; fix: leave it out") from e
 
@@ -175,6 +240,18 @@ def _check_plan_alone(ctx: typer.Context, plan_file: Path | None) -> None:
     options = {a.partition("=")[0] for a in ctx.obj}
     if plan_file and (given := options & {"--method", "--ratio", "--rule", "--knob", "--codes"}):
         raise ValueError(f"{min(given)} beside --plan, which says it already; fix: give it to `gossamer plan`")
+
+
+def _check_target(ctx: typer.Context, target: str | None) -> None:
+    options = {a.partition("=")[0] for a in ctx.obj}
+    if target not in (None, "cpu"):
+        raise ValueError(f"there is no target '{target}'; fix: --target cpu")
+    if target and (given := options & {"--method", "--ratio", "--codes", "--plan"}):
+        raise ValueError(f"{min(given)} beside --target, which decides it; fix: leave one of them out")
+    if "--distill" in options and (given := options & AT_ONCE):
+        raise ValueError(f"{min(given)} is of pruning at once; fix: leave it out beside --distill")
+    if not target and (given := options & {"--sparsity", "--distill", "--steps"}):
+        raise ValueError(f"{min(given)} belongs to --target; fix: add --target cpu")
 
 
 def _calibration_text(source: str) -> list[str]:

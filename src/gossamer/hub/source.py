@@ -15,7 +15,7 @@ from . import compressed_tensors, gguf
 
 
 def open_model(source: str | Path, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a causal language model, in evaluation mode.
+    """(model, tokenizer) of a causal language model or an encoder, in evaluation mode.
 
     `dtype` is a torch name or "auto": as stored, and float32 for GGUF. ValueError or OSError names what is wrong.
     """
@@ -50,8 +50,19 @@ def _may_be_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None and not name.endswith(".gguf")
 
 
+def _class(source: str | Path) -> Any:
+    """An encoder keeps its own class; everything else is opened as a causal language model."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    name = (config.architectures or [""])[0]
+    encoder = config.model_type in ENCODERS and not name.endswith(("ForCausalLM", "LMHeadModel"))
+    return (getattr(transformers, name, None) if encoder else None) or transformers.AutoModelForCausalLM
+
+
 def _open(source: str | Path, dtype: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = Path(source)
     if not path.exists() and not _may_be_hub_id(str(source)):
@@ -67,7 +78,7 @@ def _open(source: str | Path, dtype: Any) -> tuple[Any, Any]:
             return compressed_tensors.load(path, dtype), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if path.is_dir():
             tensors(path)  # a shard that is cut short has a clear error here
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = _class(source).from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ValueError as e:
         if "trust_remote_code" in str(e):

@@ -1,0 +1,317 @@
+"""What block sparsity and int8 cost a sentence encoder: nDCG@10 of all-MiniLM-L6-v2, one-shot and distilled.
+
+    python benchmarks/encoder_text.py MODEL DATA CARRY --wordnet ...   # text to learn from, and collections
+    python benchmarks/bench_encoder_quality.py pack MODEL DATA CARRY  # the model in float16
+    python benchmarks/bench_encoder_quality.py run CARRY OUT --device cuda --seconds 200
+
+Every linear layer of the six blocks is pruned in 4x1 blocks, each to the same sparsity; embeddings are neither pruned
+nor trained. Distillation goes on from one sparsity to the next. Appends to OUT/quality.jsonl (bench `quality`) and
+writes OUT/distilled_NN.safetensors, from which `evaluate` repeats the judgement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel
+
+import encoder_text
+import ir_data
+from gossamer import compress, plan
+from gossamer.emulate import calibrate, emulate, linears
+from gossamer.formats.bitmask import Bitmask
+from gossamer.methods.block import Block
+from gossamer.plan import Rule
+from gossamer.train.distill import Distiller, embed, fit
+from gossamer.train.gradual import BlockPruner, Cubic
+from gossamer.train.spans import Spans
+from results import append, environment
+
+NAME = "all-MiniLM-L6-v2"
+SHARES = {"wikipedia": 0.25, "novels": 0.2, "wordnet": 0.2, "gcide": 0.15, "docstrings": 0.2}  # of spans
+ENDS = (1012, 999, 1029)  # . ! ?
+CLS, SEP = 101, 102
+KINDS = ("docs", "queries")
+UNIT = "share of dense nDCG@10"
+DTYPE = torch.bfloat16  # of autocast
+STAGES = {0.5: 0.12, 0.7: 0.38, 0.8: 0.5}  # sparsity: share of the time
+MINUTES = 20  # of one GPU that the distillation may take
+RISE = 0.35  # of a stage's steps, in which sparsity rises
+BARS = {("distilled", 0.7, False): 0.95, ("distilled", 0.8, False): 0.9, ("int8", 0.0, True): 0.99}
+BARS |= {("distilled", 0.7, True): 0.95, ("distilled", 0.8, True): 0.9}
+
+
+def spans_of(carry: Path, tokens: int, device: str) -> Spans:
+    files = {name: carry / f"text.{name}.xz" for name in SHARES}
+    streams = [encoder_text.read(file) for file in files.values() if file.exists()]
+    shares = [SHARES[name] for name, file in files.items() if file.exists()]
+    words = (carry / "model/vocab.txt").read_text().splitlines()
+    inner = torch.tensor([word.startswith("##") for word in words])
+    return Spans(streams, CLS, SEP, inner, ENDS, tokens, shares, device=device)
+
+
+class Judge:
+    """nDCG@10 of a model on the collections, in float32."""
+
+    def __init__(self, folder: Path, device: str, names: list[str]) -> None:
+        self.device, self.tokens = device, 65_536 if device != "cpu" else 8192
+        judged = json.loads((folder / "judged.json").read_text())
+        self.parts = {}
+        for name in names:
+            docs, queries = (encoder_text.split(encoder_text.read(folder / f"{name}.{kind}.xz")) for kind in KINDS)
+            self.parts[name] = docs, queries, judged[name]
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        model = model.eval().to(self.device)
+        found = {}
+        for name, (docs, queries, judged) in self.parts.items():
+            scores = self.embed(model, queries) @ self.embed(model, docs).T
+            found[name] = ndcg(scores.cpu(), judged)
+        return found
+
+    @torch.inference_mode()
+    def embed(self, model: nn.Module, inputs: list[Tensor]) -> Tensor:
+        order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+        found = torch.empty(len(inputs), model.config.hidden_size, device=self.device)
+        while order:
+            longest = len(inputs[order[-1]])
+            batch, order = order[-max(1, self.tokens // longest) :], order[: -max(1, self.tokens // longest)]
+            ids = nn.utils.rnn.pad_sequence([inputs[i] for i in batch], batch_first=True).long().to(self.device)
+            mask = (ids != 0).long()
+            found[batch] = embed(model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        return found
+
+
+def ndcg(scores: Tensor, judged: list[dict[str, int]], k: int = 10) -> float:
+    """Mean over queries; gains 2^grade - 1."""
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    found = []
+    for best, grades in zip(scores.topk(k, dim=1).indices.tolist(), judged, strict=True):
+        ideal = np.array(sorted((2**g - 1 for g in grades.values()), reverse=True)[:k])
+        gains = [2 ** grades.get(str(doc), 0) - 1 for doc in best]
+        found.append(np.dot(gains, discount) / np.dot(ideal, discount[: len(ideal)]))
+    return float(np.mean(found))
+
+
+class Record:
+    """Judges variants and appends what they keep of the dense model's nDCG@10."""
+
+    def __init__(self, judge: Judge, out: Path, device: str) -> None:
+        self.judge, self.out, self.device, self.dense = judge, out, device, {}
+
+    def __call__(
+        self, model: nn.Module, variant: str, sparsity: float = 0.0, int8: bool = False, **more: object
+    ) -> None:
+        start = time.perf_counter()
+        found = self.judge(model)
+        self.dense = self.dense or found
+        kept = sum(found.values()) / sum(self.dense.values())
+        case = {"model": NAME, "sparsity": sparsity, "variant": variant, "int8": int8, "pattern": "4x1"} | more
+        bar = {"sense": ">=", "must": None if more else BARS.get((variant, sparsity, int8)), "unit": UNIT}
+        detail = {key: {n: round(v, 5) for n, v in of.items()} for key, of in (("ndcg", found), ("dense", self.dense))}
+        line = {"bench": "quality", "summary": "ndcg_kept", "case": case, "value": round(kept, 5)} | bar
+        append(self.out / "quality.jsonl", line | {"n": len(found)} | detail | environment(self.device))
+        seconds = time.perf_counter() - start
+        print(f"{case} kept {kept:.4f} {detail['ndcg']} ({seconds:.1f} s)", flush=True)
+
+
+def load(folder: Path, device: str) -> nn.Module:
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
+
+
+def trainable(model: nn.Module) -> nn.Module:
+    for parameter in model.embeddings.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def learn(
+    distiller: Distiller, spans: Spans, args: argparse.Namespace, done: Callable[[float, nn.Module, int, float], None]
+) -> None:
+    """All stages within about `args.seconds`; the number of steps follows from the speed measured so far."""
+    start, begin, before = time.perf_counter(), 0, zeros(distiller.student)
+    rate, lr = probe(distiller, spans, args)
+    ends = np.cumsum([STAGES[s] for s in args.sparsities]) / sum(STAGES[s] for s in args.sparsities)
+    for sparsity, end in zip(args.sparsities, ends, strict=True):
+        steps = max(args.least, int((end * args.seconds - (time.perf_counter() - start)) / rate))
+        rise = max(5, int(RISE * steps)) if before else 5
+        schedule = Cubic(sparsity, 5, rise, max(1, rise // args.rises), before or sparsity)
+        pruner = BlockPruner(distiller.student, schedule)
+        print(f"{sparsity}: {steps} steps, {rate * 1e3:.1f} ms each, masks until {rise}", flush=True)
+        at, batch = time.perf_counter(), partial(_from, spans, begin)
+        fit(distiller, batch, steps, lr, pruner, dtype=DTYPE, log=_log, log_every=max(1, steps // 12))
+        rate, begin, before = (time.perf_counter() - at) / steps, begin + steps, sparsity
+        pruner.close()
+        print(f"{sparsity}: sparsity {pruner.sparsity():.4f}, {time.perf_counter() - start:.1f} s", flush=True)
+        done(sparsity, distiller.student, begin, time.perf_counter() - start)
+
+
+def _from(spans: Spans, begin: int, step: int) -> dict[str, Tensor]:
+    """No stage sees the inputs of another."""
+    return spans(begin + step)
+
+
+def zeros(model: nn.Module) -> float:
+    """The sparsity that a model starts with."""
+    weights = [model.get_submodule(name).weight for name in linears(model)]
+    return round(sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights), 3)
+
+
+def probe(distiller: Distiller, spans: Spans, args: argparse.Namespace) -> tuple[float, float]:
+    """(seconds a step, the learning rate with the least loss at the end of a short run), on copies."""
+    seconds, ends, steps = 0.0, {}, args.least
+    for lr in (args.lr[0], *args.lr):  # kernels are loaded in the first
+        trial = Distiller(copy.deepcopy(distiller.student), distiller.teacher)
+        pruner = BlockPruner(trial.student, Cubic(args.sparsities[-1], 5, 5))
+        losses: list[float] = []
+        log = partial(_keep, losses)
+        start = time.perf_counter()
+        fit(trial, spans, steps, lr, pruner, dtype=DTYPE, log=log, log_every=max(1, steps // 8))
+        seconds, ends[lr] = (time.perf_counter() - start) / steps, float(np.mean(losses[-2:]))
+    print(f"probe: {ends}, {1e3 * seconds:.1f} ms a step", flush=True)
+    return seconds, min(ends, key=ends.__getitem__)
+
+
+def _keep(losses: list[float], _: int, seen: Mapping[str, float]) -> None:
+    losses.append(seen["loss"])
+
+
+def _log(step: int, losses: Mapping[str, float]) -> None:
+    print(f"  {step} " + " ".join(f"{name} {value:.4f}" for name, value in losses.items()), flush=True)
+
+
+def save(path: Path, model: nn.Module, names: list[str]) -> None:
+    """Block weights in float16 without their zeros, what else was trained in float32; the model gets what was saved."""
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key.startswith("embeddings."):
+                continue
+            if key.removesuffix(".weight") in names:
+                value.copy_(value.half())
+                tensors |= {f"{key}:{n}": t.cpu() for n, t in Bitmask.encode(value.half()).tensors().items()}
+            else:
+                tensors[key] = value.cpu()
+    save_file(tensors, path)
+
+
+def restore(path: Path, model: nn.Module) -> nn.Module:
+    """The dense model with what `save` wrote."""
+    tensors, state = load_file(path), model.state_dict()
+    for key in state:
+        if f"{key}:weight" in tensors:
+            found = Bitmask(tuple(state[key].shape), tensors[f"{key}:weight"], tensors[f"{key}:mask"])
+            state[key] = found.decode(torch.float32)
+        elif key in tensors:
+            state[key] = tensors[key]
+    model.load_state_dict(state)
+    return model
+
+
+def one_shot(model: nn.Module, spans: Spans, sparsity: float) -> nn.Module:
+    """By `gossamer.compress`, calibrated on 260 spans of 256 tokens of the distillation text."""
+    ids = torch.cat(
+        [spans.cut(i, 52, 256, torch.Generator(spans.device).manual_seed(i)) for i in range(len(spans.shares))]
+    )
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in linears(model)}
+    rules = [Rule(name, None, Block().ratio(shape, sparsity)) for name, shape in shapes.items()]
+    return compress(model, ids, plan(model, "block", 0.5, rules), sequential=True)
+
+
+def calibration(spans: Spans, count: int) -> Iterator[dict[str, Tensor]]:
+    return (spans(10**6 + i) for i in range(count))
+
+
+def run(args: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
+    teacher = load(args.carry / "model", args.device)
+    spans = spans_of(args.carry, args.tokens, args.device)
+    names, stages = linears(teacher), {}
+    student = trainable(copy.deepcopy(teacher))
+    distiller = Distiller(restore(args.start, student) if args.start else student, teacher)
+
+    def done(sparsity: float, student: nn.Module, steps: int, seconds: float) -> None:
+        stages[sparsity] = file = args.out / f"distilled_{round(100 * sparsity)}.safetensors"
+        save(file, student, names)
+        case = {"model": NAME, "sparsity": sparsity, "variant": "distilled", "tokens_a_step": args.tokens}
+        line = {"bench": "quality", "summary": "training_seconds", "case": case, "value": round(seconds, 1)}
+        bar = {"sense": "<=", "must": MINUTES * 60, "unit": "s, trials of learning rates included", "n": steps}
+        append(args.out / "quality.jsonl", line | bar | environment(args.device))
+
+    learn(distiller, spans, args, done)
+    print(f"trained {time.perf_counter() - began:.1f} s", flush=True)
+    judge_all(args, teacher, spans, stages)
+
+
+def judge_all(args: argparse.Namespace, teacher: nn.Module, spans: Spans, stages: Mapping[float, Path]) -> None:
+    record = Record(Judge(args.carry, args.device, args.collections), args.out, args.device)
+    record(teacher, "dense", 0.0)
+    few = list(calibration(spans, 8))
+    students = {s: restore(file, copy.deepcopy(teacher)) for s, file in sorted(stages.items(), reverse=True)}
+    for sparsity, student in students.items():
+        record(student, "distilled", sparsity)
+    dense_too = {0.0: teacher} | students
+    for sparsity, model in dense_too.items():
+        record(emulate(copy.deepcopy(model)), "distilled" if sparsity else "int8", sparsity, True)
+    for sparsity in args.sparsities:
+        record(one_shot(copy.deepcopy(teacher), spans, sparsity), "one_shot", sparsity)
+    for sparsity, model in dense_too.items():
+        static = emulate(copy.deepcopy(model), calibrate(model, few))
+        record(static, "distilled" if sparsity else "int8", sparsity, True, activations="static")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    teacher = load(args.carry / "model", args.device)
+    spans = spans_of(args.carry, args.tokens, args.device)
+    found = {s: args.out / f"distilled_{round(100 * s)}.safetensors" for s in args.sparsities}
+    judge_all(args, teacher, spans, {s: f for s, f in found.items() if f.exists()})
+
+
+def pack(args: argparse.Namespace) -> None:
+    out = args.carry / "model"
+    out.mkdir(parents=True, exist_ok=True)
+    AutoModel.from_pretrained(args.model, add_pooling_layer=False).half().save_pretrained(out)
+    shutil.copy(args.model / "vocab.txt", out)
+    judged = {name: read(args.data).judged for name, read in ir_data.COLLECTIONS.items()}
+    (args.carry / "judged.json").write_text(json.dumps(judged))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    packing = verbs.add_parser("pack")
+    packing.add_argument("model", type=Path)
+    packing.add_argument("data", type=Path)
+    packing.add_argument("carry", type=Path)
+    for verb in ("run", "evaluate"):
+        sub = verbs.add_parser(verb)
+        sub.add_argument("carry", type=Path)
+        sub.add_argument("out", type=Path)
+        sub.add_argument("--device", default="cpu")
+        sub.add_argument("--tokens", type=int, default=16_384, help="per step")
+        sub.add_argument("--sparsities", type=float, nargs="*", default=list(STAGES))
+        sub.add_argument("--collections", nargs="*", default=list(ir_data.COLLECTIONS))
+        if verb == "run":
+            sub.add_argument("--seconds", type=float, default=200, help="of training")
+            sub.add_argument("--start", type=Path, help="a file of an earlier run to go on from")
+            sub.add_argument("--lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="tried for a moment")
+            sub.add_argument("--rises", type=int, default=8, help="choices of masks per stage")
+            sub.add_argument("--least", type=int, default=150, help="steps of a trial, and of a stage at least")
+    args = parser.parse_args()
+    {"pack": pack, "run": run, "evaluate": evaluate}[args.verb](args)
+
+
+if __name__ == "__main__":
+    main()
