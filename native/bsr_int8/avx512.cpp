@@ -62,6 +62,7 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
   Ahead ahead{x.ahead, x.ahead_bytes / (a.groups.starts[end] - a.groups.starts[begin] + 1)};
   for (int64_t row = begin; row < end; ++row) {
     Sums<NB> s;
+    finish.expect(row);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 4
