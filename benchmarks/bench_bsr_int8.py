@@ -113,18 +113,15 @@ def calls(a: BsrInt8, panels: bool, n: int, threads: int) -> tuple[Callable[[], 
     m, k = a.shape
     packed = _bsr.pack(a, panels)
     core, weights, layout = _bsr.require(), _bsr.weights(packed.tensors, packed.meta), _bsr.layout_of(packed.meta, n)
-    x, bias, y, scales = torch.randn(n, k), torch.randn(m), torch.empty(n, m), torch.empty(n)
+    x, bias, y = torch.randn(n, k), torch.randn(m), torch.empty(n, m)
     q, out = _bsr.quantise(x, layout, 0.03), torch.empty(elements(layout, n, m), dtype=torch.uint8)
-    at, scratch = LAYOUTS.index(layout), torch.empty_like(q.data)
+    at = LAYOUTS.index(layout)
     run = (
         weights, q.data.data_ptr(), at, n, row_stride(k), 128, 0.03, 0, out.data_ptr(), 2, at, row_stride(m),
         2.0, 128, bias.data_ptr(), 0, 0, 0, 0, threads,
     )  # fmt: skip
-    floats = (
-        weights, x.data_ptr(), 0, n, k, at, scratch.data_ptr(), row_stride(k), scales.data_ptr(), bias.data_ptr(),
-        y.data_ptr(), threads,
-    )  # fmt: skip
-    keep = (packed, q, out, scratch, x, y, bias, scales)
+    floats = (weights, x.data_ptr(), 0, n, k, bias.data_ptr(), y.data_ptr(), threads)
+    keep = (packed, q, out, x, y, bias)
     return lambda: (keep, core.run(*run))[0], lambda: (keep, core.linear(*floats))[0]
 
 
