@@ -63,10 +63,7 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
   for (int64_t row = begin; row < end; ++row) {
     Sums<NB> s;
     finish.expect(row);
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < NB / 16; ++i) s.v[r][i] = finish.start(4 * row + r);
+    finish.start(row, s);
     product<NB, Quads, Fetch, Off>(a.groups, row, data, ahead, s);
     finish.tile(row, s);
     if (row % 4 == 3 || row + 1 == end) finish.flush(row);

@@ -40,7 +40,8 @@ inline void magnitudes(const Raw& x, int64_t token, int64_t count, float* out) {
   int64_t k = 0;
   for (; k + 32 <= x.channels; k += 32)
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) add(t, load_floats<T, true>(x, at[t] + k, 16), load_floats<T, true>(x, at[t] + k + 16, 16));
+    for (int t = 0; t < 4; ++t)
+      add(t, load_floats<T, true>(x, at[t] + k, 16), load_floats<T, true>(x, at[t] + k + 16, 16));
   if (const int64_t left = x.channels - k; left > 0)
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t)
@@ -52,8 +53,8 @@ inline void magnitudes(const Raw& x, int64_t token, int64_t count, float* out) {
   }
 }
 
-// See to_byte: the low byte of each dword. Within dynamic range nothing can leave 0 .. 255 but what has no finite scale,
-// and that is not used.
+// See to_byte: the low byte of each dword. Within dynamic range nothing can leave 0 .. 255 but what has no finite
+// scale, and that is not used.
 template <bool Dynamic>
 INLINE __m512i to_bytes(__m512 v, __m512 inverse, __m512 base) {
   v = _mm512_fmadd_ps(v, inverse, base);

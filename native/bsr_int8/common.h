@@ -164,8 +164,8 @@ inline float scale_of(float magnitude, float* inverse) {
   return scale;
 }
 
-// 1.5 * 2^23: a float to which less than 2^22 is added is rounded to a whole number, to nearest, ties to even, and ends in
-// the bits of it.
+// 1.5 * 2^23: the sum of it and less than 2^22 is rounded to a whole number, to nearest, ties to even, whose bits are
+// the last ones of the float.
 constexpr float rounder = 12582912.0f;
 
 // round(v * inverse + zero), saturating, without a rounding in between; a NaN becomes 255.

@@ -200,8 +200,8 @@ void linear(const Weights& a, const Raw& x, const float* bias, void* y, int thre
   const int64_t stride = (a.cols + row_padding + 63) / 64 * 64, scales = (x.tokens * 4 + 63) / 64 * 64;
   const bool alone = by_blocks(layout, blocks_of(x.tokens), threads);
   const int64_t held = alone ? std::min(x.tokens, block_tokens * threads) : x.tokens;
-  // A matrix unit reads 15 quads past the end.
-  const int64_t size = layout == Layout::rows ? held * stride : block_start(layout, a.cols, blocks_of(held)) + 60 * block_tokens;
+  const int64_t past = 15 * 4 * block_tokens;  // quads after the last one that a matrix unit reads
+  const int64_t size = layout == Layout::rows ? held * stride : block_start(layout, a.cols, blocks_of(held)) + past;
   const Scratch scratch(static_cast<size_t>(scales + size));
   linear(a, x, layout, scratch.data() + scales, stride, reinterpret_cast<float*>(scratch.data()), bias, y, threads);
 }
