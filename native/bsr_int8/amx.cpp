@@ -74,7 +74,7 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
       for (int v = 0; v < NB / 16; ++v)
         s.v[r][v] = _mm512_add_epi32(_mm512_load_si512(p.sums[i / 4][v][4 * (i % 4) + r]), s.v[r][v]);
     finish.tile(begin + i, s);
-    if (i % 4 == 3 || begin + i + 1 == end) finish.flush(begin + i);
+    finish.flush(begin + i);
   }
 }
 

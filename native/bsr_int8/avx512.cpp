@@ -66,7 +66,7 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
     finish.start(row, s);
     product<NB, Quads, Fetch, Off>(a.groups, row, data, ahead, s);
     finish.tile(row, s);
-    if (row % 4 == 3 || row + 1 == end) finish.flush(row);
+    finish.flush(row);
   }
 }
 
