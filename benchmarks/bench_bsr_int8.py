@@ -1,17 +1,20 @@
 """Block-sparse int8 products on this CPU against dense int8 ones.
 
-    python benchmarks/bench_bsr_int8.py [--onednn PREFIX] [--tokens 64 384] [--threads 2] [--out FOLDER]
+    python benchmarks/bench_bsr_int8.py [--onednn PREFIX] [--peers PYTHON] [--tokens 64 384] [--threads 2]
     python benchmarks/bench_bsr_int8.py --summarise
 
 PREFIX is where `pip install onednn-cpu-gomp onednn-devel-cpu-gomp` put include/ and lib/, in an environment of its own;
-benchmarks/onednn_int8.cpp is built against it. The other dense peer is torch's oneDNN `qlinear`, uint8 in and out.
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI keeps both peers, and ours, off AMX: a stand-in for CPUs that have none.
+benchmarks/onednn_int8.cpp is built against it. PYTHON is one that has onnx, onnxruntime and openvino
+(benchmarks/bsr_int8_peers.py). Another dense peer is torch's oneDNN `qlinear`, uint8 in and out; the sparse one is
+torch's FBGEMM, uint8 in and out, blocks of 1 output by 4 inputs.
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI keeps oneDNN, torch and ours off AMX: a stand-in for CPUs that have none. It does
+nothing to ONNX Runtime, so --peers is refused with it.
 
 Measured lines: microseconds of uint8 to uint8 with bias, scales and rounding (variants 4x1 and 4x4, called from Python
 with ready arguments: about 1 us), and of float32 to float32, quantised per token on the way (4x1 linear, 4x4 linear:
-no allocation; `op`: SparseLinear as a model calls it). One thread: medians of thread CPU time; more: 5th percentiles of
-wall time. Masks are uniform. The ratio is over the fastest dense peer of the same run. --summarise makes the summaries
-of the newest lines of every case.
+into memory that is there; `op`: SparseLinear as a model calls it). One thread: medians of thread CPU time; more: 5th
+percentiles of wall time. Masks are uniform. The ratio is over the fastest dense peer of the same run. --summarise makes
+the summaries of the newest lines of every case.
 """
 
 from __future__ import annotations
@@ -83,6 +86,27 @@ def torch_call(m: int, k: int, n: int) -> Callable[[], object]:
     return lambda: pointwise(x, 0.02, 128, packed, scales, zeros, bias, 0.5, 128, torch.uint8, "none", [], "")
 
 
+def fbgemm_call(m: int, k: int, n: int, sparsity: float) -> Callable[[], object]:
+    weight = torch.randn(m, k) * (torch.rand(m, k // 4) >= sparsity).repeat_interleave(4, 1)
+    scales = (weight.abs().amax(1).double() / 127).clamp_min(1e-6)
+    q = torch.quantize_per_channel(weight, scales, torch.zeros(m, dtype=torch.int64), 0, torch.qint8)
+    torch.backends.quantized.engine = "fbgemm"
+    packed = torch.ops.sparse.qlinear_prepack(q, torch.randn(m), 1, 4)
+    x = torch.quantize_per_tensor(torch.randn(n, k), 0.03, 128, torch.quint8)
+    return lambda: torch.ops.sparse.qlinear(x, packed, 0.5, 128)
+
+
+def peers(
+    python: str, cells: list[tuple[int, int, int]], seconds: float, threads: int
+) -> dict[tuple, dict[str, float]]:
+    """Microseconds of what benchmarks/bsr_int8_peers.py measures, per cell."""
+    script = str(Path(__file__).with_name("bsr_int8_peers.py"))
+    run = [python, script, str(seconds), str(threads), *(str(v) for cell in cells for v in cell)]
+    lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    return {(f.pop("m"), f.pop("k"), f.pop("n")): f for f in found}
+
+
 def onednn(prefix: str, cells: list[tuple[int, int, int]], seconds: float, threads: int) -> dict[tuple, float]:
     """Microseconds of oneDNN itself, per cell."""
     prefix, source = str(Path(prefix).resolve()), Path(__file__).with_name("onednn_int8.cpp")
@@ -113,18 +137,15 @@ def calls(a: BsrInt8, panels: bool, n: int, threads: int) -> tuple[Callable[[], 
     m, k = a.shape
     packed = _bsr.pack(a, panels)
     core, weights, layout = _bsr.require(), _bsr.weights(packed.tensors, packed.meta), _bsr.layout_of(packed.meta, n)
-    x, bias, y, scales = torch.randn(n, k), torch.randn(m), torch.empty(n, m), torch.empty(n)
+    x, bias, y = torch.randn(n, k), torch.randn(m), torch.empty(n, m)
     q, out = _bsr.quantise(x, layout, 0.03), torch.empty(elements(layout, n, m), dtype=torch.uint8)
-    at, scratch = LAYOUTS.index(layout), torch.empty_like(q.data)
+    at = LAYOUTS.index(layout)
     run = (
         weights, q.data.data_ptr(), at, n, row_stride(k), 128, 0.03, 0, out.data_ptr(), 2, at, row_stride(m),
         2.0, 128, bias.data_ptr(), 0, 0, 0, 0, threads,
     )  # fmt: skip
-    floats = (
-        weights, x.data_ptr(), 0, n, k, at, scratch.data_ptr(), row_stride(k), scales.data_ptr(), bias.data_ptr(),
-        y.data_ptr(), threads,
-    )  # fmt: skip
-    keep = (packed, q, out, scratch, x, y, bias, scales)
+    floats = (weights, x.data_ptr(), 0, n, k, bias.data_ptr(), y.data_ptr(), threads)
+    keep = (packed, q, out, x, y, bias)
     return lambda: (keep, core.run(*run))[0], lambda: (keep, core.linear(*floats))[0]
 
 
@@ -166,8 +187,10 @@ def measure(args: argparse.Namespace, path: Path) -> None:
     shapes = [s for i, s in enumerate(SHAPES) if i in args.shapes]
     grid = [(m, k, n) for n in args.tokens for m, k in shapes]
     native = onednn(args.onednn, grid, args.seconds, args.threads) if args.onednn else {}
+    others = peers(args.peers, grid, args.seconds, args.threads) if args.peers else {}
     for m, k, n in grid:
-        dense = {"torch qlinear": clock(torch_call(m, k, n))[0]}
+        dense = {"torch qlinear": clock(torch_call(m, k, n))[0], **others.get((m, k, n), {})}
+        fbgemm = {s: clock(fbgemm_call(m, k, n, s))[0] for s in args.sparsities}
         if (m, k, n) in native:
             dense["onednn"] = native[m, k, n]
         best = min(dense, key=dense.__getitem__)
@@ -177,6 +200,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
             case = common | {"sparsity": cell["sparsity"], "variant": cell["variant"], "block": cell["variant"][:3]}
             line = {"bench": "bsr_int8", "case": case, "ours": cell["us"], "baseline": best, "kernel": cell["kernel"]}
             line |= {"baseline_value": dense[best], "unit": "us", "ratio": dense[best] / cell["us"], "dense": dense}
+            line |= {"sparse": {"fbgemm 1x4": fbgemm[cell["sparsity"]]}}
             append(path, line | {"spread": round(cell["spread"], 4)} | environment())
             shown.append(f"{cell['variant'][2:]}@{cell['sparsity']:.2f} {line['ratio']:.2f}")
         print(f"{m}x{k} N={n} dense {dense}: {' '.join(shown)}", flush=True)
@@ -223,6 +247,11 @@ def summarise(path: Path) -> None:
                     )
                     case = {"sparsity": sparsity, "tokens": tokens, "threads": threads, "variant": variant}
                     summary("geomean_vs_best_dense", case, [x["ratio"] for x in found], bar)
+        for tokens in TOKENS:
+            found = pick(sparsity=[sparsity], tokens=[tokens], variant=["4x1"], threads=[1])
+            ratios = [x["sparse"]["fbgemm 1x4"] / x["ours"] for x in found if "sparse" in x]
+            case = {"sparsity": sparsity, "tokens": tokens, "threads": 1, "variant": "4x1"}
+            summary("geomean_vs_fbgemm_1x4", case, ratios, None)
         for block in BLOCKS:
             found = pick(sparsity=[sparsity], tokens=[64, 384], variant=[block], threads=[1])
             ratios = [x["dense"]["torch qlinear"] / x["ours"] for x in found]
@@ -262,6 +291,7 @@ def scaling(args: argparse.Namespace, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--onednn", metavar="PREFIX")
+    parser.add_argument("--peers", metavar="PYTHON", help="a Python with onnx, onnxruntime and openvino")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--shapes", type=int, nargs="+", default=list(range(len(SHAPES))), help="0 to 5")
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
@@ -271,6 +301,8 @@ def main() -> None:
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if VNNI and args.peers:
+        parser.error("ONEDNN_MAX_CPU_ISA does not keep ONNX Runtime off AMX: leave --peers out, or unset it")
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     path = args.out / "bsr_int8.jsonl"

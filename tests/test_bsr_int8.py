@@ -1,5 +1,7 @@
 """bsr_int8: the format, its kernels on every instruction set against exact sums, epilogues, the drop-in layer."""
 
+import gc
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -269,6 +271,38 @@ def test_extremes_are_exact(isa: str, block: tuple[int, int]) -> None:
             assert isinstance(y, Tensor) and torch.equal(y.double(), (x - zero).double() @ (signs * 127).double().T)
 
 
+@pytest.mark.parametrize("isa", _bsr.isas())
+@pytest.mark.parametrize("layout", ["t", "q", "rows"])
+def test_activations_are_rounded_once_and_ties_to_even(isa: str, layout: str) -> None:
+    """In float32, 1.4999999 + 128 is 129.5, which would then be rounded up."""
+    _bsr.set_isa(isa)
+    values = torch.tensor([1.4999999, -1.4999999, 0.5, 1.5, -0.5, -1.5, 0.50000006, 126.4999999, 1e9, -1e9])
+    want = torch.tensor([129, 127, 128, 130, 128, 126, 129, 254, 255, 0], dtype=torch.uint8)
+    for tokens, times in ((1, 1), (7, 5), (70, 33)):
+        x = values.repeat(tokens, times)
+        assert torch.equal(_bsr.quantise(x, layout, 1.0).matrix(), want.repeat(tokens, times))
+        assert torch.equal(_bsr.quantise(x[:, :8], layout).matrix(), _once(x[:, :8]))
+
+
+def _once(x: Tensor) -> Tensor:
+    """Symmetric per token: the inverse of the scale in float32, the product with it exact."""
+    inverse = 127 / x.abs().amax(1, keepdim=True)
+    return ((x.double() * inverse.double()).round() + 128).to(torch.uint8)
+
+
+def test_weights_are_found_again_where_their_memory_is() -> None:
+    a = BsrInt8.encode(weight((32, 64), 0.5, (4, 1)))
+    p, x = packed(a, _bsr.isas()[0]), some(20, 64)
+    want, known = _bsr.linear(x, p.tensors, p.meta, None), len(_bsr._known)
+    assert _bsr.weights(p.tensors, p.meta) is _bsr.weights(p.tensors, p.meta)
+    for tensor in p.tensors:
+        tensor.share_memory_()  # moves it
+    assert torch.equal(_bsr.linear(x, p.tensors, p.meta, None), want)
+    del p, tensor
+    gc.collect()
+    assert len(_bsr._known) == known - 1
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [3, 20, 70])
 def test_values_out_of_range_saturate(isa: str, tokens: int) -> None:
@@ -292,9 +326,9 @@ def test_a_token_that_is_not_finite_is_nan_and_zeros_are_the_bias(isa: str, toke
     p, bias = packed(a, isa), some(24)
     clean = some(tokens, 40)
     want = _bsr.linear(clean, p.tensors, p.meta, bias)
-    for bad in (math.nan, math.inf, -math.inf):
+    for bad, place in itertools.product((math.nan, math.inf, -math.inf), (3, 20, 39)):
         x = clean.clone()
-        x[0], x[1, 39] = 0, bad
+        x[0], x[1, place] = 0, bad
         y = _bsr.linear(x, p.tensors, p.meta, bias)
         assert torch.equal(y[0], bias) and y[1].isnan().all() and torch.equal(y[2:], want[2:])
     tiny = _bsr.linear(clean * 1e-38, p.tensors, p.meta, bias)

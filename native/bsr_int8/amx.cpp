@@ -67,15 +67,14 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
   multiply<NB>(a.panels, begin / panel_rows, x.data + block_start(x.layout, a.cols, b), p);
   for (int64_t i = 0; begin + i < end; ++i) {
     Sums<NB> s;
+    finish.start(begin + i, s);
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const __m512i start = finish.start(4 * (begin + i) + r);
+    for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NB / 16; ++v)
-        s.v[r][v] = _mm512_add_epi32(_mm512_load_si512(p.sums[i / 4][v][4 * (i % 4) + r]), start);
-    }
+        s.v[r][v] = _mm512_add_epi32(_mm512_load_si512(p.sums[i / 4][v][4 * (i % 4) + r]), s.v[r][v]);
     finish.tile(begin + i, s);
-    if (i % 4 == 3 || begin + i + 1 == end) finish.flush(begin + i);
+    finish.flush(begin + i);
   }
 }
 

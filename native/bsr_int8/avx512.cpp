@@ -62,13 +62,11 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
   Ahead ahead{x.ahead, x.ahead_bytes / (a.groups.starts[end] - a.groups.starts[begin] + 1)};
   for (int64_t row = begin; row < end; ++row) {
     Sums<NB> s;
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < NB / 16; ++i) s.v[r][i] = finish.start(4 * row + r);
+    finish.expect(row);
+    finish.start(row, s);
     product<NB, Quads, Fetch, Off>(a.groups, row, data, ahead, s);
     finish.tile(row, s);
-    if (row % 4 == 3 || row + 1 == end) finish.flush(row);
+    finish.flush(row);
   }
 }
 

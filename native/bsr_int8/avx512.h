@@ -165,9 +165,10 @@ INLINE __m512 widen(__m256i half) {
 
 // ---- the end of a tile ----------------------------------------------------------------------------------------------
 
-// 16 rows by the tokens of a block, as lanes of 4 rows of one token; becomes whole cache lines of row-major output.
+// 32 rows by the tokens of a block, as lanes of 4 rows of one token; becomes whole cache lines of row-major output, two
+// side by side, because tokens lie on pages of their own.
 struct Stage {
-  alignas(64) float lanes[4][4][4][16];  // [block row][vector][token in lane][lane, row]
+  alignas(64) float lanes[panel_rows][4][4][16];  // [block row][vector][token in lane][lane, row]
 };
 
 template <int NB, bool Quads>
@@ -193,8 +194,16 @@ class Finish {
       }
   }
 
-  // The sums begin here: what the zero point of x adds, taken off.
-  INLINE __m512i start(int64_t m) const { return _mm512_set1_epi32(-x.zero * a.sums[m]); }
+  // The sums of a block row begin here: what the zero point of x adds, taken off.
+  INLINE void start(int64_t row, Sums<NB>& s) const {
+    alignas(16) int32_t from[4];
+    const __m128i sums = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.sums + 4 * row));
+    _mm_store_si128(reinterpret_cast<__m128i*>(from), _mm_mullo_epi32(sums, _mm_set1_epi32(-x.zero)));
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) s.v[r][i] = _mm512_set1_epi32(from[r]);
+  }
 
   INLINE void tile(int64_t row, const Sums<NB>& s) {
     if (plain_bytes(out)) return bytes(row, s);
@@ -215,34 +224,54 @@ class Finish {
       store_q(static_cast<uint8_t*>(out.data) + block_start(Layout::q, a.rows, b) + row * NB * 4, v);
   }
 
-  // After the last block row of 16 rows, or of all.
-  INLINE void flush(int64_t row) {
+  // The row-major lines that `flush` is going to write come closer, those of an eighth of the tokens with every block
+  // row: a store that misses the second-level cache takes longer than a product.
+  INLINE void expect(int64_t row) const {
     if (out.layout != Layout::rows) return;
-    const int64_t first = row / 4 * 16, count = std::min<int64_t>(16, a.rows - first);
-    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-    if (out.type == Type::f32 && !out.residual && left == NB && count == 16) {
+    const int64_t item = out.type == Type::f32 ? 4 : out.type == Type::bf16 ? 2 : 1, some = NB / panel_rows;
+    const int64_t from = row % panel_rows * some, to = std::min<int64_t>(from + some, left);
+    const char* at = static_cast<const char*>(out.data) + (token * out.stride + row / panel_rows * 32) * item;
+    for (int64_t t = from; t < to; ++t) {
+      _mm_prefetch(at + t * out.stride * item, _MM_HINT_T1);
+      _mm_prefetch(at + t * out.stride * item + 16 * item, _MM_HINT_T1);
+    }
+  }
+
+  // After the last block row of 32 rows, or of all.
+  INLINE void flush(int64_t row) {
+    if (out.layout != Layout::rows || (row % panel_rows != panel_rows - 1 && row + 1 != a.block_rows())) return;
+    const int64_t first = row / panel_rows * 32, count = std::min<int64_t>(32, a.rows - first);
+    if (out.type == Type::f32 && !out.residual && left == NB && count == 32) {
       float* to = static_cast<float*>(out.data) + token * out.stride + first;
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i)
 #pragma GCC unroll 4
         for (int l = 0; l < 4; ++l)
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) _mm512_storeu_ps(to + (At::place_of(l, i) + j) * out.stride, staged(i, l, j));
+          for (int j = 0; j < 4; ++j) {
+            float* line = to + (At::place_of(l, i) + j) * out.stride;
+            _mm512_storeu_ps(line, staged(0, i, l, j));
+            _mm512_storeu_ps(line + 16, staged(1, i, l, j));
+          }
       return;
     }
+    const __mmask16 masks[2] = {static_cast<__mmask16>((1u << std::min<int64_t>(16, count)) - 1),
+                                static_cast<__mmask16>((1u << std::max<int64_t>(0, count - 16)) - 1)};
     for (int i = 0; i < V; ++i)
       for (int l = 0; l < 4; ++l)
         for (int j = 0; j < 4; ++j)
           if (const int64_t t = At::place_of(l, i) + j; t < left)
-            write_row(out, token + t, first, mask, staged(i, l, j));
+            for (int h = 0; h < 2; ++h)
+              if (masks[h]) write_row(out, token + t, first + 16 * h, masks[h], staged(h, i, l, j));
   }
 
  private:
-  INLINE __m512 staged(int i, int l, int j) const {
-    __m512 v = _mm512_castps128_ps512(_mm_load_ps(&stage.lanes[0][i][j][4 * l]));
-    v = _mm512_insertf32x4(v, _mm_load_ps(&stage.lanes[1][i][j][4 * l]), 1);
-    v = _mm512_insertf32x4(v, _mm_load_ps(&stage.lanes[2][i][j][4 * l]), 2);
-    return _mm512_insertf32x4(v, _mm_load_ps(&stage.lanes[3][i][j][4 * l]), 3);
+  INLINE __m512 staged(int half, int i, int l, int j) const {
+    const auto* four = stage.lanes + 4 * half;
+    __m512 v = _mm512_castps128_ps512(_mm_load_ps(&four[0][i][j][4 * l]));
+    v = _mm512_insertf32x4(v, _mm_load_ps(&four[1][i][j][4 * l]), 1);
+    v = _mm512_insertf32x4(v, _mm_load_ps(&four[2][i][j][4 * l]), 2);
+    return _mm512_insertf32x4(v, _mm_load_ps(&four[3][i][j][4 * l]), 3);
   }
 
   INLINE __m512 floats(const __m512i& sum, int i) const {
@@ -250,32 +279,48 @@ class Finish {
     return x.token_scale ? _mm512_mul_ps(v, _mm512_load_ps(scales + 16 * i)) : v;
   }
 
-  INLINE void affine(int64_t row, const Sums<NB>& s, __m512 (&v)[4][V]) {
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const int64_t m = 4 * row + r;
-      const __m512 bias = set(out.bias && m < a.rows ? out.bias[m] : 0.0f);
-      const __m512 scale = set(x.token_scale ? a.scale[m] : a.scale[m] * x.scale);
-#pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) v[r][i] = _mm512_fmadd_ps(floats(s.v[r][i], i), scale, bias);
+  // Of four rows: what their sums are multiplied by, and what is added. To memory, whence a broadcast takes no shuffle.
+  struct Terms {
+    alignas(16) float scale[4], bias[4];
+  };
+
+  INLINE Terms terms(int64_t row, bool to_bytes) const {
+    __m128 scale = _mm_loadu_ps(a.scale + 4 * row), bias = _mm_setzero_ps();
+    const int64_t real = std::min<int64_t>(4, a.rows - 4 * row);
+    if (out.bias) bias = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << real) - 1), out.bias + 4 * row);
+    if (!x.token_scale) scale = _mm_mul_ps(scale, _mm_set1_ps(x.scale));
+    if (to_bytes) {
+      const __m128 inverse = _mm_set1_ps(out.inverse_scale);
+      scale = _mm_mul_ps(scale, inverse);
+      bias = _mm_fmadd_ps(bias, inverse, _mm_set1_ps(static_cast<float>(out.zero)));
     }
+    Terms found;
+    _mm_store_ps(found.scale, scale);
+    _mm_store_ps(found.bias, bias);
+    return found;
+  }
+
+  INLINE void affine(int64_t row, const Sums<NB>& s, __m512 (&v)[4][V]) {
+    const Terms of = terms(row, false);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) v[r][i] = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
   }
 
   // Nothing but scales, bias and rounding: one multiplication less. The packs saturate below.
   INLINE void bytes(int64_t row, const Sums<NB>& s) {
     const bool quads = out.layout == Layout::q;
     const __m512 high = set(out.type == Type::u8 ? 255.0f : 127.0f), low = set(out.type == Type::u8 ? 0.0f : -128.0f);
+    const Terms of = terms(row, true);
     __m512i q[4][V];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const int64_t m = 4 * row + r;
-      const float own = x.token_scale ? a.scale[m] : a.scale[m] * x.scale;
-      const float plain = out.bias && m < a.rows ? out.bias[m] : 0.0f;
-      const __m512 scale = set(own * out.inverse_scale);
-      const __m512 bias = set(std::fma(plain, out.inverse_scale, static_cast<float>(out.zero)));
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) {
-        __m512 v = _mm512_min_ps(_mm512_fmadd_ps(floats(s.v[r][i], i), scale, bias), high);
+        __m512 v = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
+        v = _mm512_min_ps(v, high);
         if constexpr (NB != 64 || At::natural)
           if (!quads) v = _mm512_max_ps(v, low);
         q[r][i] = _mm512_cvtps_epi32(v);
@@ -370,7 +415,7 @@ class Finish {
 
   // 4 rows by 4 tokens turned in each lane.
   INLINE void rows(int64_t row, __m512 (&v)[4][V]) {
-    float(&to)[4][4][16] = stage.lanes[row % 4];
+    float(&to)[4][4][16] = stage.lanes[row % panel_rows];
     const bool plain = !out.residual && out.type != Type::u8 && out.type != Type::s8;
     if (plain && out.function != Function::none)
 #pragma GCC unroll 4

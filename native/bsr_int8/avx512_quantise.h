@@ -1,5 +1,5 @@
-// Row-major floats to quantised activations: 16 tokens by 64 channels at a time, packed to bytes, turned as dwords,
-// then (layout t) as bytes.
+// Row-major floats to quantised activations: four tokens become the bytes of dwords whose lanes are channels, then the
+// dwords of 16 channels are turned.
 #pragma once
 
 namespace gossamer::bsr {
@@ -19,173 +19,182 @@ INLINE __m512 load_floats(const Raw& x, int64_t at, int64_t left) {
   }
 }
 
-// Bits of magnitudes order as integers do, NaN last.
+// The largest magnitudes of up to four tokens at once, as these are short chains. The maxima pass over NaN, which
+// comparisons find and remember in masks.
 template <Type T>
-inline float vector_magnitude(const Raw& x, int64_t token) {
-  const __m512i mask = _mm512_set1_epi32(0x7fffffff);
-  __m512i most[4];
-  for (auto& m : most) m = _mm512_setzero_si512();
-  const int64_t at = token * x.stride;
-  int64_t k = 0;
-  for (; k + 64 <= x.channels; k += 64)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m512i bits = _mm512_castps_si512(load_floats<T, true>(x, at + k + 16 * i, 16));
-      most[i] = _mm512_max_epi32(most[i], _mm512_and_si512(bits, mask));
-    }
-  for (; k < x.channels; k += 16) {
-    const __m512i bits = _mm512_castps_si512(load_floats<T, false>(x, at + k, x.channels - k));
-    most[0] = _mm512_max_epi32(most[0], _mm512_and_si512(bits, mask));
+inline void magnitudes(const Raw& x, int64_t token, int64_t count, float* out) {
+  constexpr int larger_magnitude = 0xb;
+  int64_t at[4];
+  __m512 most[4][2];
+  __mmask16 real[4];
+  for (int t = 0; t < 4; ++t) {
+    at[t] = (token + std::min<int64_t>(t, count - 1)) * x.stride;
+    most[t][0] = most[t][1] = _mm512_setzero_ps();
+    real[t] = 0xffff;
   }
-  const __m512i all = _mm512_max_epi32(_mm512_max_epi32(most[0], most[1]), _mm512_max_epi32(most[2], most[3]));
-  const int32_t bits = _mm512_reduce_max_epi32(all);
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return bits >= 0x7f800000 ? std::nanf("") : value;
+  const auto add = [&](int t, __m512 a, __m512 b) __attribute__((always_inline)) {
+    most[t][0] = _mm512_range_ps(most[t][0], a, larger_magnitude);
+    most[t][1] = _mm512_range_ps(most[t][1], b, larger_magnitude);
+    real[t] = _mm512_mask_cmp_ps_mask(real[t], a, b, _CMP_ORD_Q);
+  };
+  int64_t k = 0;
+  for (; k + 32 <= x.channels; k += 32)
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t)
+      add(t, load_floats<T, true>(x, at[t] + k, 16), load_floats<T, true>(x, at[t] + k + 16, 16));
+  if (const int64_t left = x.channels - k; left > 0)
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t)
+      add(t, load_floats<T, false>(x, at[t] + k, left), load_floats<T, false>(x, at[t] + k + 16, left - 16));
+#pragma GCC unroll 4
+  for (int t = 0; t < 4; ++t) {
+    const float value = _mm512_reduce_max_ps(_mm512_max_ps(most[t][0], most[t][1]));
+    out[t] = real[t] == 0xffff && value < INFINITY ? value : std::nanf("");
+  }
 }
 
-// Within dynamic range nothing can leave 0 .. 255 but what has no finite scale, and that is not used.
+// See to_byte: the low byte of each dword. Within dynamic range nothing can leave 0 .. 255 but what has no finite
+// scale, and that is not used.
 template <bool Dynamic>
-INLINE __m512i to_whole(__m512 v, __m512 inverse, __m512 zero) {
-  v = _mm512_fmadd_ps(v, inverse, zero);
-  if constexpr (!Dynamic) v = _mm512_max_ps(_mm512_min_ps(v, set(255.0f)), set(0.0f));
-  return _mm512_cvtps_epi32(v);
+INLINE __m512i to_bytes(__m512 v, __m512 inverse, __m512 base) {
+  v = _mm512_fmadd_ps(v, inverse, base);
+  if constexpr (!Dynamic) v = _mm512_max_ps(_mm512_min_ps(v, set(rounder + 255.0f)), set(rounder));
+  return _mm512_castps_si512(v);
 }
 
-// 64 channels of one token as bytes; dword i of lane l has channels 16 i + 4 l .. + 3.
+INLINE __m512i select(uint32_t mask, __m512i a, __m512i b) {
+  return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32(static_cast<int>(mask)), 0xe4);
+}
+
+// 16 channels of four tokens: bytes of dword c are channel c of the tokens. `at`: where they begin in x.
 template <Type T, bool Dynamic, bool Whole>
-INLINE __m512i pack(const Raw& x, int64_t token, int64_t k, __m512 inverse, __m512 zero) {
-  const int64_t left = x.channels - k, at = token * x.stride + k;
+INLINE __m512i pack(const Raw& x, const int64_t (&at)[4], int64_t k, const __m512 (&inverse)[4], __m512 base) {
   __m512i q[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    q[i] = to_whole<Dynamic>(load_floats<T, Whole>(x, at + 16 * i, left - 16 * i), inverse, zero);
-  return _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  for (int t = 0; t < 4; ++t) {
+    __m512 v = load_floats<T, Whole>(x, at[t] + k, x.channels - k);
+    asm("" : "+v"(v));  // in a register: multiplied in memory it would cost a copy of the other factor
+    q[t] = to_bytes<Dynamic>(v, inverse[t], base);
+  }
+  const __m512i low = select(0xff, q[0], _mm512_slli_epi32(q[1], 8));
+  const __m512i high = select(0xff, q[2], _mm512_slli_epi32(q[3], 8));
+  return select(0xffff, low, _mm512_slli_epi32(high, 16));
 }
 
-// 16 x 16 dwords, in place.
-INLINE void turn(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // r[4 g + j] lane l: column 4 l + j of rows 4 g .. 4 g + 3.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
+// Lane l of four registers, together in register l.
+INLINE void turn_lanes(__m512i (&r)[4]) {
+  const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x88), b = _mm512_shuffle_i32x4(r[0], r[1], 0xdd);
+  const __m512i c = _mm512_shuffle_i32x4(r[2], r[3], 0x88), d = _mm512_shuffle_i32x4(r[2], r[3], 0xdd);
+  r[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+  r[1] = _mm512_shuffle_i32x4(b, d, 0x88);
+  r[2] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
-constexpr auto make_split = [] {
-  struct { uint8_t at[64]; } index{};
-  for (int t = 0; t < 16; ++t)
-    for (int j = 0; j < 4; ++j) index.at[16 * j + t] = static_cast<uint8_t>(4 * t + j);
-  return index;
-};
-alignas(64) constexpr auto split_index = make_split();
+// 4 x 4 dwords in each lane, in place.
+INLINE void turn_dwords(__m512i* r) {
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  const __m512i c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm512_unpacklo_epi64(a, c);
+  r[1] = _mm512_unpackhi_epi64(a, c);
+  r[2] = _mm512_unpacklo_epi64(b, d);
+  r[3] = _mm512_unpackhi_epi64(b, d);
+}
 
-// A quad of channels of all tokens of the block, [tokens / 16][16][4], to up to four rows of the layout t.
+// What `pack` made of 16 channels of all tokens of a block, [NB / 4][64 bytes], to the layout t, in place.
 template <int NB>
-INLINE void split(const uint8_t* quad, uint8_t* out, int64_t channels) {
-  const __m512i index = _mm512_load_si512(&split_index);
-  __m512i v[NB / 16], rows[NB / 16];
+INLINE void arrange_t(uint8_t* chunk) {
+  constexpr int parts = NB / 16;  // of a channel: 16 tokens
+  __m512i r[NB / 4];
+#pragma GCC unroll 16
+  for (int i = 0; i < NB / 4; ++i) r[i] = load(chunk + 64 * i);
+  // Lane l of r[4 h + j]: channel 4 l + j, tokens 16 h .. + 15.
 #pragma GCC unroll 4
-  for (int i = 0; i < NB / 16; ++i) v[i] = _mm512_permutexvar_epi8(index, _mm512_load_si512(quad + 64 * i));
-  if constexpr (NB == 64) {
-    const __m512i a = _mm512_shuffle_i32x4(v[0], v[1], 0x44), b = _mm512_shuffle_i32x4(v[0], v[1], 0xee);
-    const __m512i c = _mm512_shuffle_i32x4(v[2], v[3], 0x44), d = _mm512_shuffle_i32x4(v[2], v[3], 0xee);
-    rows[0] = _mm512_shuffle_i32x4(a, c, 0x88);
-    rows[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    rows[2] = _mm512_shuffle_i32x4(b, d, 0x88);
-    rows[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  } else if constexpr (NB == 32) {
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    rows[0] = _mm512_permutex2var_epi64(v[0], low, v[1]);
-    rows[1] = _mm512_permutex2var_epi64(v[0], high, v[1]);
-  } else {
-    rows[0] = v[0];
-  }
-  const int64_t bytes = std::min<int64_t>(4, channels) * NB;
+  for (int h = 0; h < parts; ++h) turn_dwords(r + 4 * h);
 #pragma GCC unroll 4
-  for (int i = 0; i < NB / 16; ++i) {
-    const int64_t left = bytes - 64 * i;
-    if (left >= 64) _mm512_storeu_si512(out + 64 * i, rows[i]);
-    else if (left > 0) _mm512_mask_storeu_epi8(out + 64 * i, (uint64_t{1} << left) - 1, rows[i]);
+  for (int i = 0; i < parts; ++i) {
+    __m512i lanes[4];  // a register of the result takes 4 / parts channels
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) lanes[j] = r[4 * (j % parts) + 4 / parts * i + j / parts];
+    turn_lanes(lanes);
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) _mm512_storeu_si512(chunk + 64 * (parts * l + i), lanes[l]);
   }
 }
 
-// 16 tokens by 64 channels, to where each of the 16 quads of channels of these tokens goes.
-template <Type T, bool Dynamic, bool Whole, class To>
-INLINE void tile(const Raw& x, int64_t token, int64_t count, int64_t k, const float* inverses, int zero, const To& to) {
-  const __m512 base = set(static_cast<float>(zero));
-  __m512i r[16];
-  if (count >= 16) {
+// The same to the layout q.
+template <int NB>
+INLINE void arrange_q(uint8_t* chunk) {
+  const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i r[NB / 4];
 #pragma GCC unroll 16
-    for (int64_t t = 0; t < 16; ++t) r[t] = pack<T, Dynamic, Whole>(x, token + t, k, set(inverses[t]), base);
-  } else {
-    for (int64_t t = 0; t < 16; ++t)
-      r[t] = t < count ? pack<T, Dynamic, Whole>(x, token + t, k, set(inverses[t]), base)
-                       : _mm512_set1_epi8(static_cast<char>(zero));
+  for (int i = 0; i < NB / 4; ++i) r[i] = _mm512_shuffle_epi8(load(chunk + 64 * i), turn);
+#pragma GCC unroll 4
+  for (int h = 0; h < NB / 16; ++h) {
+    __m512i lanes[4] = {r[4 * h], r[4 * h + 1], r[4 * h + 2], r[4 * h + 3]};
+    turn_lanes(lanes);
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) _mm512_storeu_si512(chunk + 4 * NB * l + 64 * h, lanes[l]);
   }
-  turn(r);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(to(4 * (i % 4) + i / 4), r[i]);
 }
 
+// Four tokens, to `to` [whole chunks of 16 channels][64 bytes], `step` bytes apart, and `last`, the chunk after these.
+template <Type T, bool Dynamic>
+INLINE void quantise_four(const Raw& given, int64_t token, float inverse, int zero, uint8_t* to, int64_t step,
+                          uint8_t* last, float* scales) {
+  const Raw x = given;  // that bytes are stored through `to` says nothing about
+  // Tokens past the last one are the last one again, as if all were there, times 0.
+  const int64_t count = std::min<int64_t>(4, x.tokens - token);
+  const __m512 base = set(rounder + static_cast<float>(zero));
+  if (count <= 0) {
+    const __m512i none = _mm512_set1_epi8(static_cast<char>(zero));
+    for (int64_t k = 0; k + 16 <= x.channels; k += 16, to += step) _mm512_storeu_si512(to, none);
+    return _mm512_storeu_si512(last, none);
+  }
+  int64_t at[4];
+  float most[4];
+  __m512 inverses[4];
+  if (Dynamic) magnitudes<T>(x, token, count, most);
+  for (int64_t t = 0; t < 4; ++t) {
+    at[t] = (token + std::min(t, count - 1)) * x.stride;
+    float own = inverse;
+    if (Dynamic && t < count) scales[token + t] = scale_of(most[t], &own);
+    inverses[t] = set(t < count ? own : 0.0f);
+  }
+  int64_t k = 0;
+  for (; k + 16 <= x.channels; k += 16, to += step)
+    _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base));
+  if (k < x.channels) _mm512_storeu_si512(last, pack<T, Dynamic, false>(x, at, k, inverses, base));
+}
+
+// Four tokens at a time, so that the second look at them finds them in the first-level cache; then 16 channels.
 template <int NB, Type T, bool Dynamic>
 void quantise_block(const Raw& x, Layout layout, int64_t b, float inverse, int zero, uint8_t* out, float* scales) {
-  const int64_t first = b * block_tokens, left = x.tokens - first;
-  float inverses[NB];
-  for (int64_t t = 0; t < NB; ++t) {
-    inverses[t] = inverse;
-    if (Dynamic && t < left) scales[first + t] = scale_of(vector_magnitude<T>(x, first + t), &inverses[t]);
-  }
-  alignas(64) uint8_t quads[16][NB / 16][64];
-  for (int64_t k = 0; k < x.channels; k += 64) {
-    for (int64_t g = 0; g < NB / 16; ++g) {
-      const auto to = [&](int q) __attribute__((always_inline)) { return quads[q][g]; };
-      const int64_t token = first + 16 * g, count = left - 16 * g;
-      if (k + 64 <= x.channels)
-        tile<T, Dynamic, true>(x, token, count, k, inverses + 16 * g, zero, to);
-      else
-        tile<T, Dynamic, false>(x, token, count, k, inverses + 16 * g, zero, to);
-    }
-    const int64_t count = std::min<int64_t>(16, (x.channels - k + 3) / 4);
-    uint8_t* to = out + k * NB;
-    if (layout == Layout::q)
-      std::memcpy(to, quads, static_cast<size_t>(count * 4 * NB));
-    else
-      for (int64_t q = 0; q < count; ++q) split<NB>(quads[q][0], to + 4 * q * NB, x.channels - k - 4 * q);
-  }
+  const int64_t first = b * block_tokens, whole = x.channels / 16 * 16;
+  alignas(64) uint8_t last[16 * NB];  // the channels after whole chunks
+  for (int64_t g = 0; g < NB / 4; ++g)
+    quantise_four<T, Dynamic>(x, first + 4 * g, inverse, zero, out + 64 * g, 16 * NB, last + 64 * g, scales);
+  const auto arrange = layout == Layout::q ? arrange_q<NB> : arrange_t<NB>;
+  for (int64_t k = 0; k < whole; k += 16) arrange(out + k * NB);
+  if (whole == x.channels) return;
+  arrange(last);
+  const int64_t rest = x.channels - whole, kept = layout == Layout::q ? (rest + 3) / 4 * 4 : rest;
+  std::memcpy(out + whole * NB, last, static_cast<size_t>(kept * NB));
 }
 
 template <Type T, bool Dynamic>
 void quantise_token(const Raw& x, int64_t token, float inverse, int zero, uint8_t* out, float* scales) {
-  if (Dynamic) scales[token] = scale_of(vector_magnitude<T>(x, token), &inverse);
-  const __m512 factor = set(inverse), base = set(static_cast<float>(zero));
+  if (Dynamic) {
+    float most[4];
+    magnitudes<T>(x, token, 1, most);
+    scales[token] = scale_of(most[0], &inverse);
+  }
+  const __m512 factor = set(inverse), base = set(rounder + static_cast<float>(zero));
   for (int64_t k = 0; k < x.channels; k += 16) {
     const int64_t left = x.channels - k, at = token * x.stride + k;
-    const __m512i q = to_whole<Dynamic>(load_floats<T, false>(x, at, left), factor, base);
+    const __m512i q = to_bytes<Dynamic>(load_floats<T, false>(x, at, left), factor, base);
     const __mmask16 some = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    _mm512_mask_cvtusepi32_storeu_epi8(out + k, some, q);
+    _mm512_mask_cvtepi32_storeu_epi8(out + k, some, q);
   }
 }
 

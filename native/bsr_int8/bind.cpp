@@ -68,10 +68,10 @@ void run(const Weights& a, uintptr_t x, int layout, int64_t tokens, int64_t stri
   product(a, in, to, threads);
 }
 
-void linear_raw(const Weights& a, uintptr_t x, int type, int64_t tokens, int64_t stride, int layout, uintptr_t scratch,
-                int64_t scratch_stride, uintptr_t scales, uintptr_t bias, uintptr_t y, int threads) {
-  linear(a, {at<const void>(x), static_cast<Type>(type), tokens, a.cols, stride}, static_cast<Layout>(layout),
-         at<uint8_t>(scratch), scratch_stride, at<float>(scales), at<const float>(bias), at<void>(y), threads);
+void linear_raw(const Weights& a, uintptr_t x, int type, int64_t tokens, int64_t stride, uintptr_t bias, uintptr_t y,
+                int threads) {
+  linear(a, {at<const void>(x), static_cast<Type>(type), tokens, a.cols, stride}, at<const float>(bias), at<void>(y),
+         threads);
 }
 
 }  // namespace
@@ -107,7 +107,7 @@ NB_MODULE(_bsr, m) {
         "out"_a, "type"_a, "out_layout"_a, "out_stride"_a, "inverse"_a, "out_zero"_a, "bias"_a, "residual"_a,
         "residual_type"_a, "residual_stride"_a, "function"_a, "threads"_a, nogil,
         "The product of quantised activations with an epilogue.");
-  m.def("linear", linear_raw, "weights"_a, "x"_a, "type"_a, "tokens"_a, "stride"_a, "layout"_a, "scratch"_a,
-        "scratch_stride"_a, "scales"_a, "bias"_a, "y"_a, "threads"_a, nogil,
+  m.def("linear", linear_raw, "weights"_a, "x"_a, "type"_a, "tokens"_a, "stride"_a, "bias"_a, "y"_a,
+        "threads"_a, nogil,
         "y [tokens, rows] = x A^T + bias, x quantised per token on the way.");
 }

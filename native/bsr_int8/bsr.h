@@ -14,6 +14,8 @@
 namespace gossamer::bsr {
 
 constexpr int64_t block_tokens = 64;
+constexpr int64_t few_tokens = 4;    // up to which windows are faster than blocks of 16 tokens
+constexpr int64_t row_padding = 128;  // bytes after the last channel of a row that may be read, as in activation.py
 
 enum class Layout : int { t, q, rows };
 enum class Function : int { none, relu, gelu, gelu_tanh, silu };

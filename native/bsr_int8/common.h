@@ -164,13 +164,24 @@ inline float scale_of(float magnitude, float* inverse) {
   return scale;
 }
 
+// 1.5 * 2^23: the sum of it and less than 2^22 is rounded to a whole number, to nearest, ties to even, whose bits are
+// the last ones of the float.
+constexpr float rounder = 12582912.0f;
+
+// round(v * inverse + zero), saturating, without a rounding in between; a NaN becomes 255.
+inline uint8_t to_byte(float v, float inverse, int zero) {
+  float sum = std::fma(v, inverse, rounder + static_cast<float>(zero));
+  sum = sum < rounder + 255.0f ? sum : rounder + 255.0f;
+  sum = sum > rounder ? sum : rounder;
+  return static_cast<uint8_t>(sum - rounder);
+}
+
 // See Kernels::quantise.
 inline void quantise_plain(const Raw& x, Layout layout, int64_t b, float inverse, int zero, uint8_t* out,
                            int64_t stride, float* scales) {
   const bool dynamic = inverse == 0, rows = layout == Layout::rows, quads = layout == Layout::q;
   const int64_t token = rows ? b : b * block_tokens, width = rows ? 1 : width_of(x.tokens, b);
   const int64_t padded = quads ? (x.channels + 3) / 4 * 4 : x.channels;
-  const float base = static_cast<float>(zero);
   out += rows ? b * stride : block_start(layout, x.channels, b);
   for (int64_t t = 0; t < width; ++t) {
     const bool real = token + t < x.tokens;
@@ -180,8 +191,7 @@ inline void quantise_plain(const Raw& x, Layout layout, int64_t b, float inverse
       float v[piece] = {};
       uint8_t bytes[piece] = {};
       if (real) load_floats(x, token + t, from, std::min(count, x.channels - from), v);
-      for (int64_t k = 0; k < count; ++k)
-        bytes[k] = static_cast<uint8_t>(saturate(std::fma(v[k], inverse, base), 0, 255));
+      for (int64_t k = 0; k < count; ++k) bytes[k] = to_byte(v[k], inverse, zero);
       if (quads)
         for (int64_t k = 0; k < count; k += 4) std::memcpy(out + ((from + k) / 4 * width + t) * 4, bytes + k, 4);
       else

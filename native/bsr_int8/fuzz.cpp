@@ -225,6 +225,8 @@ void one_round() {
     if (expected_linear.empty()) expected_linear = y;
     const Output plain{nullptr, type, Layout::rows, a.rows, 1, 0, nullptr, nullptr, Type::f32, 0, Function::none};
     require(near(expected_linear, y, plain, a.rows, tokens), (*name + " linear").c_str());
+    linear(p.weights, raw, out.bias, y.data(), threads);
+    require(near(expected_linear, y, plain, a.rows, tokens), (*name + " linear, own memory").c_str());
   }
 
   if (a.columns.empty()) return;

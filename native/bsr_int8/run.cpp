@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 
 #include "../parallel.h"
@@ -73,6 +74,37 @@ int64_t work(const Weights& a, const Input& x) {
   return a.groups.starts[a.block_rows()] * 16 * tokens / products_per_byte;
 }
 
+// Memory for the length of a call, 64-byte aligned. A little is kept per thread: new pages would cost more than what
+// fills them.
+class Scratch {
+  static constexpr size_t most_kept = size_t{4} << 20;
+  struct Kept {
+    std::unique_ptr<uint8_t[]> data;
+    size_t size = 0;
+  };
+  std::unique_ptr<uint8_t[]> own;
+  uint8_t* first;
+
+ public:
+  explicit Scratch(size_t size) {
+    thread_local Kept kept;
+    size += 64;
+    if (size > most_kept) {
+      own.reset(new uint8_t[size]);
+    } else if (kept.size < size) {
+      kept.data.reset(new uint8_t[size]);
+      kept.size = size;
+    }
+    first = own ? own.get() : kept.data.get();
+  }
+  uint8_t* data() const { return first + (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64; }
+};
+
+// Does each thread take token blocks from end to end?
+bool by_blocks(Layout layout, int64_t blocks, int threads) {
+  return layout != Layout::rows && (blocks % threads == 0 || blocks >= 4 * threads);
+}
+
 // Cuts the block rows so that every part has about as many groups, or rows without `starts`, at multiples of `whole`.
 int64_t cut(const int64_t* starts, int64_t block_rows, int64_t i, int64_t parts, int64_t whole) {
   if (i == parts) return block_rows;
@@ -135,12 +167,12 @@ void linear(const Weights& a, const Raw& x, Layout layout, uint8_t* scratch, int
   const Input in{scratch, layout, x.tokens, stride, 128, 1.0f, scales, nullptr, 0};
   const int64_t blocks = blocks_of(x.tokens);
   if (blocks == 0) return;
-  if (layout == Layout::rows || (blocks % threads != 0 && blocks < 4 * threads)) {
+  if (!by_blocks(layout, blocks, threads)) {
     quantise(x, layout, 0.0f, 128, scratch, stride, scales, threads);
     return product(a, in, out, threads);
   }
-  // Each thread takes token blocks from end to end: what it quantised is still in its cache when it is multiplied, and
-  // while it multiplies, its next tokens come closer.
+  // What a thread quantised is still in its cache when it is multiplied, and while it multiplies, its next tokens come
+  // closer.
   const auto quantise_block = active().kernels->quantise;
   const Run run = runner(a, layout);
   const int64_t block_bytes = block_start(layout, a.cols, 1), item = x.type == Type::f32 ? 4 : 2;
@@ -160,6 +192,18 @@ void linear(const Weights& a, const Raw& x, Layout layout, uint8_t* scratch, int
       run(a, one, to, {0, a.block_rows(), 0, 1});
     }
   });
+}
+
+void linear(const Weights& a, const Raw& x, const float* bias, void* y, int threads) {
+  const Layout own = a.block == 4 || a.panels.data ? Layout::q : Layout::t;
+  const Layout layout = x.tokens <= few_tokens ? Layout::rows : own;
+  const int64_t stride = (a.cols + row_padding + 63) / 64 * 64, scales = (x.tokens * 4 + 63) / 64 * 64;
+  const bool alone = by_blocks(layout, blocks_of(x.tokens), threads);
+  const int64_t held = alone ? std::min(x.tokens, block_tokens * threads) : x.tokens;
+  const int64_t past = 15 * 4 * block_tokens;  // quads after the last one that a matrix unit reads
+  const int64_t size = layout == Layout::rows ? held * stride : block_start(layout, a.cols, blocks_of(held)) + past;
+  const Scratch scratch(static_cast<size_t>(scales + size));
+  linear(a, x, layout, scratch.data() + scales, stride, reinterpret_cast<float*>(scratch.data()), bias, y, threads);
 }
 
 }  // namespace gossamer::bsr

@@ -24,4 +24,7 @@ void quantise(const Raw& x, Layout layout, float inverse, int zero, uint8_t* out
 void linear(const Weights& a, const Raw& x, Layout layout, uint8_t* scratch, int64_t stride, float* scales,
             const float* bias, void* y, int threads);
 
+// The same in the layout that these weights read fastest for so many tokens, with memory of its own.
+void linear(const Weights& a, const Raw& x, const float* bias, void* y, int threads);
+
 }  // namespace gossamer::bsr

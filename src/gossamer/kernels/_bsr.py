@@ -6,15 +6,16 @@ same on all of them.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ..activation import BLOCK, FUNCTIONS, LAYOUTS, Activation, Epilogue, elements, row_stride
+from ..activation import FUNCTIONS, LAYOUTS, Activation, Epilogue, elements, row_stride
 from ..formats.bsr_int8 import BsrInt8
 from . import KernelError, Packed
 
@@ -32,11 +33,10 @@ _weights = getattr(_built, "weights", None) or (lambda *_: require())
 _threads = torch.get_num_threads
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
-FEW = 4  # tokens for which windows are faster than blocks of 16 tokens
+FEW = 4  # tokens, as in native/bsr_int8/bsr.h
 WIDE = 8192  # channels, from which on offsets take 32 bits
 MOST = 65_536  # channels whose products with int8 cannot overflow an int32
 TILE, PANEL = 16, 32  # rows
-KEPT_BYTES = 4 << 20  # of scratch memory, per thread
 
 
 def available() -> bool:
@@ -112,13 +112,27 @@ def pack(a: BsrInt8, panels: bool = False) -> Packed:
 
 
 def weights(packed: Sequence[Tensor], meta: dict[str, Any]) -> Any:
-    """What the compiled core takes; valid for as long as the tensors are."""
+    """What the compiled core takes; valid for as long as the tensors are where they are."""
+    groups = packed[1]
+    held, address, found = _known.get(id(groups), (None, 0, None))
+    if held is not None and held() is groups and address == groups.data_ptr():
+        return found
     panels, groups, group_data, offsets, windows, window_data, index, base, scale, sums = packed
-    return _weights(
+    found = _weights(
         meta["rows"], meta["cols"], meta["block"], panels.data_ptr(), groups.data_ptr(), group_data.data_ptr(),
         offsets.data_ptr(), meta["wide"], windows.data_ptr(), window_data.data_ptr(), index.data_ptr(),
         base.data_ptr(), scale.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
+    _known[id(groups)] = (ref(groups, partial(_forget, id(groups))), groups.data_ptr(), found)
+    return found
+
+
+# By the tensor where groups start: (that tensor, its address, Weights). Ten addresses take as long as a small product.
+_known: dict[int, tuple[ref[Tensor] | None, int, Any]] = {}
+
+
+def _forget(which: int, _: ref[Tensor]) -> None:
+    _known.pop(which, None)
 
 
 def linear(x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
@@ -131,20 +145,16 @@ def linear(x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tens
     y = x.new_empty((*shape[:-1], rows))
     if not y.numel():
         return y
-    x, tokens = _matrix(x, cols)
-    layout = layout_of(meta, tokens)
-    # The scales of the tokens, then x quantised.
-    threads = _threads()
-    blocks = -(-tokens // BLOCK)
-    alone = layout != "rows" and (blocks % threads == 0 or blocks >= 4 * threads)  # as in native/bsr_int8/run.cpp
-    held = min(tokens, BLOCK * threads) if alone else tokens
-    head = -(-4 * tokens // 64) * 64
-    at = _scratch(head + elements(layout, held, cols)).data_ptr()
+    if cols and x.is_contiguous():
+        tokens, stride = x.numel() // cols, cols
+    else:
+        x, tokens = _matrix(x, cols)
+        stride = x.stride(0)
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.float().contiguous()
     _linear(
-        weights(packed, meta), x.data_ptr(), TYPES[x.dtype], tokens, x.stride(0), LAYOUTS.index(layout), at + head,
-        row_stride(cols), at, 0 if bias is None else bias.data_ptr(), y.data_ptr(), threads,
+        weights(packed, meta), x.data_ptr(), TYPES[x.dtype], tokens, stride, 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), _threads(),
     )  # fmt: skip
     return y
 
@@ -193,22 +203,6 @@ def multiply(
             FUNCTIONS.index(to.function), torch.get_num_threads(),
         )  # fmt: skip
     return out.view(tokens, rows) if floats else Activation(out, to.layout, tokens, rows, to.scale, to.zero)
-
-
-class _Kept(threading.local):
-    tensor = torch.empty(0, dtype=torch.uint8)
-
-
-_kept = _Kept()
-
-
-def _scratch(size: int) -> Tensor:
-    """Memory for the length of a call. A little is kept per thread: new pages would cost more than what fills them."""
-    if size > KEPT_BYTES:
-        return torch.empty(size, dtype=torch.uint8)
-    if _kept.tensor.numel() < size:
-        _kept.tensor = torch.empty(size, dtype=torch.uint8)
-    return _kept.tensor
 
 
 def _matrix(x: Tensor, cols: int) -> tuple[Tensor, int]:
