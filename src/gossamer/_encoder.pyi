@@ -1,0 +1,3 @@
+"""
+The int8 encoder over raw pointers; gossamer.encoder is the typed, checked way in.
+"""
