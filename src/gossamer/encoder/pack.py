@@ -20,7 +20,7 @@ from .reference import LEAST
 
 TOKENS = 128  # for which the kernels of a layer are timed
 BUCKETS = 50  # of density: layers of one shape in one bucket take the same kernel
-COPIES = 8 << 20  # bytes of weights that a timing goes through, at least: more than a second-level cache holds
+COPIES, SWEEP = 16, 8 << 20  # a timing goes through so many copies, or bytes: more than a second-level cache holds
 
 _core: ModuleType | None
 try:
@@ -72,9 +72,7 @@ def build(parts: Parts, arrays: Mapping[str, Tensor], first: int, last: int) -> 
         norms = norm(layer.attention_norm), norm(layer.output_norm)
         scores, values = _at(arrays[f"{i}.score_scale"]), _at(arrays[f"{i}.value_scale"])
         function = FUNCTIONS.index(layer.function)
-        layers.append(
-            core.layer(*linears, *norms, scores, values, function, LEAST[layer.function])
-        )
+        layers.append(core.layer(*linears, *norms, scores, values, function, LEAST[layer.function]))
     tables = [x for t in (parts.words, parts.positions, parts.types) for x in (_at(t), t.shape[0])]
     embeddings = core.embeddings(*tables, -1 if parts.pad is None else parts.pad, norm(parts.norm))
     return core.Encoder(parts.hidden, parts.heads, parts.intermediate, embeddings, layers)
@@ -142,7 +140,7 @@ def _amx_wins(rows: int, cols: int, width: int, bucket: int) -> bool:
     for name, panels in (("bsr", False), ("amx", True)):
         first = _bsr.pack(weight, panels)
         size = sum(t.nbytes for t in first.tensors[:4])
-        packs = [first, *(_copied(first) for _ in range(COPIES // max(1, size)))]
+        packs = [first, *(_copied(first) for _ in range(min(COPIES, SWEEP // max(1, size))))]
         x = _bsr.quantise(torch.randn(TOKENS, cols, generator=generator), first.meta["layout"])
         to = Epilogue(torch.uint8, "t", scale=1.0)
         calls[name] = [partial(_bsr.multiply, x, p.tensors, p.meta, to) for p in packs]

@@ -125,7 +125,9 @@ def _layer_or_none(kind: Kind, model: nn.Module, i: int, layer: nn.Module) -> La
 def _layer(kind: Kind, model: nn.Module, layer: nn.Module) -> Layer:
     known = {*kind.linears, *kind.norms, *kind.others, ""}
     if strange := sorted({name for name, _ in layer.named_modules()} - known - _inside(layer)):
-        raise Unsupported(f"{strange[0]} ({type(layer.get_submodule(strange[0])).__name__}) is not part of such a layer")
+        raise Unsupported(
+            f"{strange[0]} ({type(layer.get_submodule(strange[0])).__name__}) is not part of such a layer"
+        )
     config = model.config
     name = getattr(config, kind.activation)
     if not isinstance(name, str) or name not in FUNCTIONS:
