@@ -65,7 +65,9 @@ def onnxruntime_runs(path: Path, batch: dict[str, torch.Tensor], threads: int) -
 def openvino_runs(path: Path, batch: dict[str, torch.Tensor], threads: int) -> Run:
     import openvino
 
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    model = openvino.Core().compile_model(
+        path, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    )
     request, feed = model.create_infer_request(), {name: t.numpy() for name, t in batch.items()}
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)
 
