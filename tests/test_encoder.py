@@ -259,6 +259,10 @@ def test_refuses_models_that_are_no_such_encoder() -> None:
     with pytest.raises(EncoderError, match="decoder"):
         config.is_decoder = True
         convert(transformers.BertModel(config))
+    model = made()
+    model.embeddings.extra = nn.Linear(64, 64)
+    with pytest.raises(EncoderError, match=r"embeddings\.extra is a Linear"):
+        convert(model)
     with pytest.raises(EncoderError, match="no layer of this model"):
         convert(made(hidden_size=40, num_attention_heads=4))
 

@@ -37,7 +37,7 @@ def write(path: Path, arrays: Mapping[str, Tensor], about: dict[str, Any]) -> No
             file.write(bytes(-file.tell() % PAGE))
             for t in arrays.values():
                 raw = t.contiguous().view(-1).view(torch.uint8).numpy()
-                file.write(raw)
+                file.write(raw.data)
                 file.write(bytes(-t.nbytes % LINE))
             file.flush()
             os.fsync(file.fileno())

@@ -121,7 +121,7 @@ def _fingerprint(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].view(-1).view(torch.uint8).numpy())
+        found.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:32]
 
 
@@ -143,12 +143,9 @@ def _build(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
 
 def _layer(tensors: Mapping[str, Tensor], i: int, spec: Mapping[str, Any]) -> Layer:
     query, key, value = (tensors[f"{i}.{name}_scale"] for name in SCALES)
-    return Layer(
-        *(_linear(tensors, f"{i}.{name}", spec[name]) for name in LINEARS),
-        *(_norm(tensors, f"{i}.{name}", spec[f"{name}_eps"]) for name in NORMS),
-        spec["function"],
-        Scales(query, key, value),
-    )
+    linears = {name: _linear(tensors, f"{i}.{name}", spec[name]) for name in LINEARS}
+    norms = {name: _norm(tensors, f"{i}.{name}", spec[f"{name}_eps"]) for name in NORMS}
+    return Layer(**linears, **norms, function=spec["function"], scales=Scales(query, key, value))  # type: ignore[arg-type]
 
 
 def _linear(tensors: Mapping[str, Tensor], name: str, spec: Mapping[str, Any]) -> Linear:

@@ -64,7 +64,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
-    """An encoder. `words`, `positions`, `types`: bfloat16 [rows, hidden]; a layer that is None runs as the torch module.
+    """An encoder. `words`, `positions`, `types`: bfloat16 [rows, hidden]; a layer that is None runs as torch's.
 
     `pad`: where positions count only the tokens that are not this one (RoBERTa), from pad + 1 on; else None.
     """

@@ -31,7 +31,8 @@ class SentenceEncoder(InputModule):
 
     def __init__(self, encoder: Encoder, tokenizer: Any, max_seq_length: int | None = None) -> None:
         super().__init__()
-        self.encoder, self.tokenizer = encoder, tokenizer
+        self.encoder = encoder
+        self.tokenizer: Any = tokenizer
         self.max_seq_length = min(max_seq_length or encoder.parts.longest, encoder.parts.longest)
 
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:

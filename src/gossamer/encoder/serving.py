@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..formats.bsr_int8 import BsrInt8
 from ..formats.bitmask import pack_bits
+from ..formats.bsr_int8 import BsrInt8
 from .files import is_encoder, load
 from .module import Encoder
 from .parts import EncoderError, Linear

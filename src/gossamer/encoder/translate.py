@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ FUNCTIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu
 MULTIPLE = 16  # of hidden, intermediate and head sizes
 
 
-class Unsupported(Exception):
+EMBEDDINGS = {"word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout"}
+
+
+class Unsupported(EncoderError):
     """Why a layer cannot run on int8."""
 
 
@@ -63,23 +67,41 @@ def translate(model: nn.Module) -> Parts:
 
     EncoderError for other models, decoders, and what is left when no layer can run on int8.
     """
-    kind, config = _kind(model), model.config
+    kind, config = _kind(model), _config(model)
     layers = tuple(_layer_or_none(kind, model, i, m) for i, m in enumerate(model.get_submodule(kind.layers).children()))
     if not any(layers):
         raise EncoderError("no layer of this model can run on int8; fix: see the warnings before this for each layer")
-    embeddings = model.get_submodule("embeddings")
-    table = lambda name: embeddings.get_submodule(name).weight.detach().to("cpu", torch.bfloat16)  # noqa: E731
-    words = table("word_embeddings")
+    embeddings = _embeddings(model)
+    words = _table(embeddings, "word_embeddings")
     has_types = hasattr(embeddings, "token_type_embeddings")
     return Parts(
         heads=config.num_attention_heads,
         words=words,
-        positions=table("position_embeddings"),
-        types=table("token_type_embeddings") if has_types else torch.zeros_like(words[:1]),
+        positions=_table(embeddings, "position_embeddings"),
+        types=_table(embeddings, "token_type_embeddings") if has_types else torch.zeros_like(words[:1]),
         norm=_norm(model.get_submodule(kind.norm)),
         pad=config.pad_token_id if config.model_type in COUNTED else None,
         layers=layers,
     )
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "config", None)
+
+
+def _embeddings(model: nn.Module) -> nn.Module:
+    embeddings = model.get_submodule("embeddings")
+    for name, module in embeddings.named_children():
+        if name not in EMBEDDINGS or (name.endswith("_embeddings") and type(module) is not nn.Embedding):
+            raise EncoderError(
+                f"embeddings.{name} is a {type(module).__name__}, which the int8 pipeline would leave out; fix: merge "
+                "it into the tables"
+            )
+    return embeddings
+
+
+def _table(embeddings: nn.Module, name: str) -> Tensor:
+    return embeddings.get_parameter(f"{name}.weight").detach().to("cpu", torch.bfloat16)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -96,12 +118,12 @@ def pooler_of(model: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _kind(model: nn.Module) -> Kind:
-    config = getattr(model, "config", None)
+    config = _config(model)
     found = KINDS.get(getattr(config, "model_type", ""))
     if found is None:
         raise EncoderError(
-            f"{type(model).__name__} is none of the encoders that run here ({', '.join(KINDS)}); fix: gossamer.compress "
-            "and gossamer.prepare run any model"
+            f"{type(model).__name__} is none of the encoders that run here ({', '.join(KINDS)}); fix: "
+            "gossamer.compress and gossamer.prepare run any model"
         )
     prefix = getattr(model, "base_model_prefix", "")
     if not hasattr(model, "embeddings"):
@@ -128,7 +150,7 @@ def _layer(kind: Kind, model: nn.Module, layer: nn.Module) -> Layer:
         raise Unsupported(
             f"{strange[0]} ({type(layer.get_submodule(strange[0])).__name__}) is not part of such a layer"
         )
-    config = model.config
+    config = _config(model)
     name = getattr(config, kind.activation)
     if not isinstance(name, str) or name not in FUNCTIONS:
         raise Unsupported(f"the activation function {name} is none of {', '.join(FUNCTIONS)}")
