@@ -75,6 +75,17 @@ void run_in_new_threads(const Job& job) {
   for (auto& worker : workers) worker.join();
 }
 
+struct Team {
+  void (*member)(const void*, int, int);
+  const void* data;
+  std::atomic<int> size{0};  // 0 while threads are still being made
+};
+
+void join_team(Team* team, int i) {
+  while (team->size == 0) std::this_thread::yield();
+  team->member(team->data, i, team->size);
+}
+
 }  // namespace
 
 const char* threads_of() { return usable() ? "openmp" : "threads"; }
@@ -93,6 +104,26 @@ void run_parts(int64_t parts, void (*part)(const void*, int64_t), const void* da
     openmp().parallel(team_member, &job, static_cast<unsigned>(parts), 0);
   else
     run_in_new_threads(job);
+}
+
+void run_team(int wanted, void (*member)(const void*, int, int), const void* data) {
+  Team team{member, data};
+  if (usable() && wanted > 1) {
+    const auto start = [](void* pointer) {
+      const Team& t = *static_cast<const Team*>(pointer);
+      t.member(t.data, openmp().thread(), openmp().team());
+    };
+    return openmp().parallel(start, &team, static_cast<unsigned>(wanted), 0);
+  }
+  std::vector<std::thread> workers;
+  try {
+    while (static_cast<int>(workers.size()) + 1 < wanted)
+      workers.emplace_back(join_team, &team, static_cast<int>(workers.size()) + 1);
+  } catch (const std::system_error&) {  // no more threads to be had
+  }
+  team.size = static_cast<int>(workers.size()) + 1;
+  member(data, 0, team.size);
+  for (auto& worker : workers) worker.join();
 }
 
 }  // namespace gossamer

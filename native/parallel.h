@@ -13,12 +13,20 @@ int64_t parts_for(int64_t bytes, int threads);
 // part(data, i) once for every i in [0, parts); it must not throw.
 void run_parts(int64_t parts, void (*part)(const void* data, int64_t i), const void* data);
 
+// member(data, i, n) once in each of n threads at the same time, 1 <= n <= wanted: they may wait for one another.
+void run_team(int wanted, void (*member)(const void* data, int i, int n), const void* data);
+
 // The runtime whose threads run_parts uses now: "openmp" or "threads".
 const char* threads_of();
 
 template <class Body>
 void parallel_parts(int64_t parts, const Body& body) {
   run_parts(parts, [](const void* data, int64_t i) { (*static_cast<const Body*>(data))(i); }, &body);
+}
+
+template <class Body>
+void parallel_team(int wanted, const Body& body) {
+  run_team(wanted, [](const void* data, int i, int n) { (*static_cast<const Body*>(data))(i, n); }, &body);
 }
 
 // body(begin, end) runs on contiguous, disjoint row ranges that cover [0, rows); it must not throw.

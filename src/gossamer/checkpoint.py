@@ -61,6 +61,10 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kwargs: Any) -
     folder = Path(folder)
     if kwargs.pop("trust_remote_code", False):
         raise CheckpointError("trust_remote_code is refused: gossamer.load runs no code from a checkpoint")
+    if (folder / "encoder.json").is_file():
+        from .encoder import load as load_encoder
+
+        return load_encoder(folder)
     described = read(folder)
     if (folder / MODULE).is_file():
         return _load_module(folder, model, described)

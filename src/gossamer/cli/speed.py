@@ -47,8 +47,18 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Runs, of which the median is shown.")] = 3,
     device: Device = None,
     dtype: Dtype = "auto",
+    target: Annotated[str | None, typer.Option(help="cpu: how to serve an encoder, sparse against dense.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="With --target: milliseconds that 99 % of calls may take.")
+    ] = None,
 ) -> None:
-    """Tokens per second on this machine: the fastest kernel per layer, against the same layers dense."""
+    """Tokens per second on this machine: the fastest kernel per layer, against the same layers dense.
+
+    With --target cpu: the instances x cores x batch that give an encoder the most sentences per second, each of
+    --tokens tokens.
+    """
+    if target is not None:
+        return _serving(model, tokens, limit, target)
     from ..bench import bench as measure
     from ..hub.source import open_model
 
@@ -62,3 +72,23 @@ def bench(
     console.print(table)
     console.print(f"dispatched / best dense: {found.ratio:.2f}")
     console.print(str(found.explanation), markup=False, highlight=False)
+
+
+def _serving(folder: str, tokens: int, limit: float | None, target: str) -> None:
+    from ..encoder.serving import WAYS, tune
+
+    if target != "cpu":
+        raise ValueError(f"there is no target '{target}'; fix: --target cpu")
+    with console.status("") as status:
+        found = tune(folder, tokens, limit, progress=lambda what: status.update(what))
+    table = columns("way", "instances x cores", "batch", "sentences/s", "p50 ms", "p99 ms")
+    for way in WAYS:
+        if best := found.best(way):
+            rate, shape = f"{best.sentences_per_second:.1f}", f"{best.instances} x {best.cores}"
+            table.add_row(way, shape, str(best.batch), rate, f"{best.p50:.2f}", f"{best.p99:.2f}")
+        else:
+            table.add_row(way, "none in time", "", "", "", "")
+    console.print(table)
+    for way in WAYS[1:]:
+        if ratio := found.ratio(way):
+            console.print(f"sparse / {way}: {ratio:.2f}")
