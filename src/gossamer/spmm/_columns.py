@@ -1,0 +1,22 @@
+"""B as the kernels read it: rows end to end, of whole 16-byte vectors, at such an address."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+BYTES = 16
+
+
+def padded(b: Tensor) -> tuple[Tensor, int]:
+    """B with columns of zeros added if need be, and how many columns it now has; a copy only where it takes one."""
+    unit = BYTES // b.element_size()
+    if b.shape[1] % unit:
+        b = pad(b, (0, -b.shape[1] % unit))
+    fits = b.stride(1) == 1 and b.stride(0) % unit == 0 and b.stride(0) >= b.shape[1] and b.data_ptr() % BYTES == 0
+    return b if fits else b.contiguous().clone() if b.is_contiguous() else b.contiguous(), b.shape[1]
+
+
+def columns_of(c: Tensor, n: int) -> Tensor:
+    """The first n columns, contiguous."""
+    return c if c.shape[1] == n else c[:, :n].contiguous()

@@ -1,0 +1,110 @@
+"""CSR rows, cut into segments of balanced length, in plain float32: exact products, and rows of very unequal length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ... import nvrtc
+from .. import DTYPES, Csr, Packed, SpmmKernel, Way
+from .._columns import columns_of, padded
+
+THREADS = 128
+SHORTEST = 256  # entries of a segment of a row that is cut
+KIND = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+@cache
+def function(kind: int, team: int, par: int, loads: int, entry: str = "spmm_rows") -> nvrtc.Function:
+    args = {"spmm_rows": "PPPPPPiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
+    return nvrtc.Function("spmm_rows.cuh", entry, args, {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads})
+
+
+VARIANTS = (
+    function(0, 1, 8, 1),
+    function(1, 32, 1, 2),
+    function(2, 8, 4, 1),
+    function(0, 1, 1, 1, "spmm_rows_sum"),
+    function(2, 8, 1, 1, "sddmm"),
+)
+
+
+class CudaRows(SpmmKernel):
+    """float32, float16, bfloat16, any shape."""
+
+    name: ClassVar[str] = "cuda_rows"
+
+    @classmethod
+    def refuses(cls, a: Csr) -> str | None:
+        if reason := nvrtc.refusal(a.device):
+            return reason
+        return None if a.dtype in DTYPES else "float32, float16 or bfloat16 values"
+
+    @classmethod
+    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
+        return [Way(cls.name)]
+
+    @classmethod
+    def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
+        segments, longs, slots = cut_rows(a, max(SHORTEST, 4 * a.nnz // max(1, a.shape[0])))
+        mean = a.nnz / max(1, int((a.lengths > 0).sum()))
+        meta = {"shape": list(a.shape), "slots": slots, "mean": mean, "par": knobs.get("par")}
+        return Packed((segments, longs, a.cols, a.values), meta)
+
+    @classmethod
+    def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
+        segments, longs, cols, values = packed
+        kind, n = KIND[b.dtype], b.shape[1]
+        b, width = padded(b)
+        team, par, loads = shape_of(width, b.element_size(), meta["mean"])
+        par = min(meta["par"] or par, 32 // team)
+        c = b.new_empty(meta["shape"][0], width)
+        partial = torch.empty(meta["slots"], width, device=b.device)
+        grid = -(-len(segments) * team * par // THREADS), -(-width // (team * loads * 16 // b.element_size())), 1
+        tensors = segments, cols, values, b, c, partial
+        if len(segments):
+            kernel = function(kind, team, par, loads)
+            kernel.launch(grid, (THREADS, 1, 1), *tensors, len(segments), width, b.stride(0))
+        if meta["slots"]:
+            grid = len(longs), -(-width // THREADS), 1
+            function(kind, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
+        return columns_of(c, n)
+
+
+def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
+    """Lanes per entry, entries at a time, loads per lane, for rows of B of `width` numbers of `size` bytes."""
+    vectors = width * size // 16
+    team = min(32, 1 << max(0, vectors - 1).bit_length())
+    loads = 2 if vectors > 32 else 1
+    par = next(p for p in (32, 16, 8, 4, 2, 1) if p <= 32 // team and (p == 1 or 2 * p <= mean))
+    return team, par, loads
+
+
+def cut_rows(a: Csr, limit: int) -> tuple[Tensor, Tensor, int]:
+    """Segments int32 [S, 4] of (row, begin, end, slot), long ones first, those of about one length in A's order.
+
+    Also the rows that were cut, int32 [L, 3] of (row, first slot, end slot), and how many slots there are.
+    """
+    parts = (-(-a.lengths // limit)).clamp(min=1)
+    begins = torch.cat([parts.new_zeros(1), parts.cumsum(0)])
+    total = int(begins[-1])
+    row = torch.repeat_interleave(torch.arange(a.shape[0], device=a.device), parts, output_size=total)
+    index = torch.arange(total, device=a.device) - begins[row]
+    begin = a.pointers[row] + a.lengths[row] * index // parts[row]
+    end = a.pointers[row] + a.lengths[row] * (index + 1) // parts[row]
+    cut = parts[row] > 1
+    slot = torch.where(cut, cut.cumsum(0) - 1, -1)
+    segments = torch.stack([row, begin, end, slot], 1).to(torch.int32)
+    several = (parts > 1).nonzero().flatten()
+    slots = _starts(parts[several])
+    longs = torch.stack([several, slots[:-1], slots[1:]], 1).to(torch.int32)
+    size = torch.ceil(torch.log2((end - begin + 1).double())).long()
+    return segments[torch.argsort(size, descending=True, stable=True)], longs, int(slots[-1])
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
