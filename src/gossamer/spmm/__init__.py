@@ -46,6 +46,7 @@ class SpmmKernel(ABC):
     """One way to multiply a sparse matrix; all class methods, there is nothing to instantiate."""
 
     name: ClassVar[str]
+    live: ClassVar[bool] = False  # it reads A's values where they lie, see `revalued`
 
     @classmethod
     @abstractmethod
@@ -66,6 +67,16 @@ class SpmmKernel(ABC):
     @abstractmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
         """C [M, N] = A B in B's dtype, contiguous, a new tensor; B [K, N] of A's dtype and of any strides."""
+
+    @classmethod
+    def refit(cls, packed: Packed, n: int) -> Packed:
+        """What was packed, for B of about n columns instead."""
+        return packed
+
+    @classmethod
+    def revalued(cls, packed: Sequence[Tensor], values: Tensor) -> Sequence[Tensor]:
+        """What was packed, with other values of the same pattern; of a kernel that is `live`."""
+        raise KernelError(f"{cls.name} packs values; fix: choose a kernel that reads them where they lie")
 
 
 registry: Registry[SpmmKernel] = Registry("gossamer.spmm.kernels", SpmmKernel)

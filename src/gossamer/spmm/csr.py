@@ -57,6 +57,11 @@ class Csr:
             torch.arange(self.shape[0], device=self.device), self.lengths, output_size=self.nnz
         )
 
+    @cached_property
+    def rows32(self) -> Tensor:
+        """The row of each entry, int32 [nnz]."""
+        return self.rows.to(torch.int32)
+
     def transposed(self) -> tuple[Csr, Tensor]:
         """A^T, and the place in A of each of its entries."""
         order = torch.argsort(self.cols, stable=True)

@@ -37,6 +37,7 @@ class CudaRows(SpmmKernel):
     """float32, float16, bfloat16, any shape."""
 
     name: ClassVar[str] = "cuda_rows"
+    live: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, a: Csr) -> str | None:
@@ -73,6 +74,10 @@ class CudaRows(SpmmKernel):
             grid = len(longs), -(-width // THREADS), 1
             function(kind, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
         return columns_of(c, n)
+
+    @classmethod
+    def revalued(cls, packed: Sequence[Tensor], values: Tensor) -> Sequence[Tensor]:
+        return *packed[:3], values
 
 
 def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:

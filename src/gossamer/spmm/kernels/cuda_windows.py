@@ -71,7 +71,7 @@ class CudaWindows(SpmmKernel):
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
-        works, longs, cols, values, masks, starts, order = packed
+        works, longs, cols, values, masks, starts, order, _ = packed
         (m, k), rows, kind, n = meta["shape"], meta["rows"], DTYPES_KIND[b.dtype], b.shape[1]
         b, width = padded(b)
         c = b.new_empty(m, width)
@@ -85,6 +85,14 @@ class CudaWindows(SpmmKernel):
             grid = len(longs), rows, -(-width // SUM_THREADS)
             sum_function(kind, rows).launch(grid, (SUM_THREADS, 1, 1), longs, order, partial, c, m, width)
         return columns_of(c, n)
+
+    @classmethod
+    def refit(cls, packed: Packed, n: int) -> Packed:
+        _, _, cols, values, masks, starts, order, first = packed.tensors
+        meta = packed.meta
+        placed = order if order.numel() else None
+        layout = Layout(meta["rows"], tuple(meta["shape"]), cols, values, masks, starts, first, placed)
+        return planned(layout, n, {"cols": meta["cols"]})
 
 
 DTYPES_KIND = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -103,7 +111,7 @@ def planned(layout: Layout, n: int, knobs: dict[str, Any]) -> Packed:
     limit = knobs.get("limit") or limit
     plan = schedule(layout, limit, warps)
     order = layout.order if layout.order is not None else layout.cols[:0]
-    tensors = plan.works, plan.longs, layout.cols, layout.values, layout.masks, layout.starts, order
+    tensors = plan.works, plan.longs, layout.cols, layout.values, layout.masks, layout.starts, order, layout.first
     meta = {"shape": list(layout.shape), "rows": layout.rows, "masked": bool(layout.masks.numel())}
     return Packed(tensors, meta | {"slots": plan.slots, "warps": warps, "cols": knobs.get("cols")})
 

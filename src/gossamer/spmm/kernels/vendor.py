@@ -15,6 +15,7 @@ class Vendor(SpmmKernel):
     """Whatever torch multiplies."""
 
     name: ClassVar[str] = "vendor"
+    live: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, a: Csr) -> str | None:
@@ -35,3 +36,7 @@ class Vendor(SpmmKernel):
         if not packed[2].numel() or not b.shape[1]:
             return b.new_zeros(meta["shape"][0], b.shape[1])
         return torch.sparse_csr_tensor(*packed, meta["shape"], check_invariants=False) @ b
+
+    @classmethod
+    def revalued(cls, packed: Sequence[Tensor], values: Tensor) -> Sequence[Tensor]:
+        return *packed[:2], values
