@@ -13,7 +13,7 @@ from gossamer.spmm._windows import COUNT_BIT, DEPTH, MIXED_BIT, SLOT_BIT, Layout
 from gossamer.spmm.kernels.cuda_rows import cut_rows
 from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
 
-WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [("cuda_rows", {})]
+WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32, 64) for m in (True, False)] + [("cuda_rows", {})]
 
 
 @st.composite
@@ -110,7 +110,7 @@ def write(c: Tensor, layout: Layout, window: int, block: Tensor) -> None:
     c[rows] = block[: len(place)]
 
 
-@pytest.mark.parametrize("rows", [8, 16, 32])
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
 @pytest.mark.parametrize("masked", [True, False])
 @settings(max_examples=15, deadline=None)
 @given(a=matrices(), shuffle=st.booleans())
@@ -149,7 +149,7 @@ def test_emulated_lanes_multiply(masked: bool, limit: int, warps: int) -> None:
 @given(a=matrices(), limit=st.integers(1, 50))
 def test_cut_rows_cover_every_entry(a: Tensor, limit: int) -> None:
     found = Csr.of(a)
-    segments, longs, slots = cut_rows(found, limit)
+    segments, longs, slots = cut_rows(found.pointers, limit)
     rows = torch.full((found.nnz,), -1)
     for row, begin, end, _ in segments.tolist():
         assert end - begin <= limit and (rows[begin:end] == -1).all()
@@ -191,7 +191,7 @@ def checked(name: str, a: Tensor, b: Tensor, **knobs: object) -> None:
 def test_against_float64(name: str, knobs: dict, dtype: torch.dtype) -> None:
     for m, k, density in ((1, 1, 1.0), (8, 16, 1.0), (77, 130, 0.1), (500, 700, 0.02), (40, 9000, 0.5), (300, 64, 0.9)):
         a = (torch.randn(m, k, device="cuda") * (torch.rand(m, k, device="cuda") < density)).to(dtype)
-        for n in (1, 2, 7, 8, 12, 16, 24, 32, 33, 64, 96, 128, 200, 512, 1000):
+        for n in (1, 7, 8, 12, 32, 33, 96, 200, 520):
             checked(name, a, torch.randn(k, n, device="cuda").to(dtype), **knobs)
 
 

@@ -1,9 +1,9 @@
-// C = A B for a sparse A in CSR, cut into segments of rows; a group of TEAM * PAR lanes per segment, in plain float32.
-// A team of TEAM lanes holds 16 bytes of a row of B each, LOADS times; PAR teams take turns with a segment's entries.
+// C = A B for a sparse A in CSR, cut into segments of rows, in plain float32. A team of TEAM lanes holds 16 bytes of a row
+// of B each, LOADS times; PAR teams take turns with a segment's entries, with a long segment's all teams of a warp.
 // Macros: TYPE (2: float32, exact products); TEAM, PAR, LOADS.
 #include "spmm_mma.cuh"
 
-constexpr int VEC = 16 / SIZE, WIDTH = TEAM * PAR, TILE_COLS = TEAM * VEC * LOADS, UNROLL = LOADS > 1 ? 2 : 4;
+constexpr int VEC = 16 / SIZE, TILE_COLS = TEAM * VEC * LOADS, UNROLL = LOADS > 1 ? 2 : 4;
 
 struct Segment {
   i32 row, begin, end, slot;  // entries; slot < 0: the whole row
@@ -27,23 +27,26 @@ __device__ inline void load_row(u32 (&to)[LOADS * 4], const u8* b, i32 row, i32 
   }
 }
 
+// The first `wide` segments are the long ones.
 extern "C" __global__ void __launch_bounds__(128) spmm_rows(
-    const void* segments, const i32* cols, const void* values, const u8* b, u8* c, float* partial, i32 count, i32 n,
-    i32 stride) {
-  const i32 index = (blockIdx.x * 128 + threadIdx.x) / WIDTH, lane = threadIdx.x % WIDTH;
+    const void* segments, const i32* cols, const void* values, const u8* b, u8* c, float* partial, i32 count, i32 wide,
+    i32 n, i32 stride) {
+  const i64 thread = (i64)blockIdx.x * 128 + threadIdx.x, split = (i64)wide * 32;
+  const i32 width = thread < split ? 32 : TEAM * PAR, par = width / TEAM, lane = threadIdx.x % width;
+  const i64 index = thread < split ? thread / 32 : wide + (thread - split) / width;
   const i32 first = blockIdx.y * TILE_COLS + lane % TEAM * VEC;
   Segment own = {0, 0, 0, -1};
   if (index < count) own = ((const Segment*)segments)[index];
   float sums[LOADS * VEC];
 #pragma unroll
   for (int i = 0; i < LOADS * VEC; ++i) sums[i] = 0;
-  for (i32 at = own.begin + lane / TEAM; at < own.end; at += UNROLL * PAR) {
+  for (i32 at = own.begin + lane / TEAM; at < own.end; at += UNROLL * par) {
     u32 row[UNROLL][LOADS * 4];
     float value[UNROLL];
     i32 col[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      const i32 entry = at + u * PAR;
+      const i32 entry = at + u * par;
       col[u] = entry < own.end ? cols[entry] : -1;
       value[u] = entry < own.end ? to_float(((const Number*)values)[entry]) : 0;
     }
@@ -52,8 +55,7 @@ extern "C" __global__ void __launch_bounds__(128) spmm_rows(
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) add_row(sums, value[u], row[u]);
   }
-#pragma unroll
-  for (int d = WIDTH / 2; d >= TEAM; d /= 2)
+  for (int d = width / 2; d >= TEAM; d /= 2)
 #pragma unroll
     for (int i = 0; i < LOADS * VEC; ++i) sums[i] += __shfl_xor_sync(FULL, sums[i], d);
   if (index >= count || lane >= TEAM) return;

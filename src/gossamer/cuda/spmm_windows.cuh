@@ -194,7 +194,7 @@ __device__ inline void sum_segment(
   if (__any_sync(FULL, odd)) sum_exactly(sums, a, work, b, stride, first, n, lane);
 }
 
-// The first warp of a team adds up what the others have, in their order.
+// The warps of a team add up what all of them have, each a share of it and in their order; the first one gets it.
 __device__ inline void sum_team(float (&sums)[SUMS], u32 team, int warp, int lane) {
   __shared__ float shared[WARPS][SHARED][32];
   const int first = team & 15, warps = team >> 4 & 31;
@@ -204,10 +204,14 @@ __device__ inline void sum_team(float (&sums)[SUMS], u32 team, int warp, int lan
 #pragma unroll
     for (int i = 0; i < SHARED; ++i) shared[warp][i][lane] = sums[at + i];
     __syncthreads();
-    if (warp == first)
-      for (int other = 1; other < warps; ++other)
+    for (int i = warp - first; i < SHARED; i += warps) {
+      float sum = shared[first][i][lane];
+      for (int other = 1; other < warps; ++other) sum += shared[first + other][i][lane];
+      shared[first][i][lane] = sum;
+    }
+    __syncthreads();
 #pragma unroll
-        for (int i = 0; i < SHARED; ++i) sums[at + i] += shared[warp + other][i][lane];
+    for (int i = 0; i < SHARED; ++i) sums[at + i] = shared[warp][i][lane];
   }
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,9 +17,15 @@ def padded(b: Tensor) -> tuple[Tensor, int]:
     if b.shape[1] % unit:
         b = pad(b, (0, -b.shape[1] % unit))
     fits = b.stride(1) == 1 and b.stride(0) % unit == 0 and b.stride(0) >= b.shape[1] and b.data_ptr() % BYTES == 0
-    return b if fits else b.contiguous().clone() if b.is_contiguous() else b.contiguous(), b.shape[1]
+    return b if fits else b.clone(memory_format=torch.contiguous_format), b.shape[1]
 
 
 def columns_of(c: Tensor, n: int) -> Tensor:
     """The first n columns, contiguous."""
     return c if c.shape[1] == n else c[:, :n].contiguous()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; on the CPU, where layouts are only tested, an H100's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -123,6 +123,7 @@ def schedule(layout: Layout, limit: int, warps: int) -> Schedule:
     first, size, parts = layout.first[order][owner], groups[order][owner], segments[owner]
     works = torch.zeros(-(-total // warps) * warps, 4, dtype=torch.int64, device=order.device)
     works[:, 0] = -1
+    works[:, 3] = torch.arange(len(works), device=order.device) % warps | 1 << COUNT_BIT
     works[:total, 0] = order[owner]
     works[:total, 1] = first + size * index // parts
     works[:total, 2] = first + size * (index + 1) // parts

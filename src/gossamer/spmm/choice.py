@@ -36,6 +36,11 @@ class Chooser:
     def _order(self) -> Tensor | None:
         return reorder.worthwhile(self.a) if self.reordering else None
 
+    @property
+    def reordered(self) -> bool:
+        """Are rows in another order inside?"""
+        return self._windows and self._order is not None
+
     @cached_property
     def stats(self) -> model.Stats:
         order = self._order if self._windows else None
@@ -105,7 +110,7 @@ class Chooser:
     def explain(self, widths: Sequence[int]) -> str:
         lines = [str(self.stats)]
         if self._windows:
-            lines.append("rows are put in another order inside" if self._order is not None else "rows stay as they are")
+            lines.append("rows are put in another order inside" if self.reordered else "rows stay as they are")
         for n in widths:
             way, measured = self.way(n), self._times.get(bucket(n), {})
             times = measured or self.predicted(bucket(n))

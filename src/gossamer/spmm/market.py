@@ -22,7 +22,7 @@ SYMMETRIES = ("general", "symmetric", "skew-symmetric")
 def read(path: str | Path) -> Csr:
     """A coordinate file, plain or .gz, .bz2, .xz; a pattern gets ones, the other half of a symmetric one is filled in.
 
-    float32 values where they hold the file's exactly, else float64. FormatError names the line that is wrong.
+    float32 values; for float64 ones pass what scipy.io.mmread gives. FormatError names the entry that is wrong.
     """
     opener = OPENERS.get(Path(path).suffix, open)
     with opener(path, "rb") as file:
@@ -32,8 +32,7 @@ def read(path: str | Path) -> Csr:
     rows, cols, values = _entries(body, shape, field, path)
     if symmetry != "general":
         rows, cols, values = _mirrored(rows, cols, values, -1.0 if symmetry == "skew-symmetric" else 1.0)
-    exact = np.array_equal(values.astype(np.float32).astype(np.float64), values, equal_nan=True)
-    kept = torch.from_numpy(values.astype(np.float32) if exact else values)
+    kept = torch.from_numpy(values.astype(np.float32))
     index = torch.from_numpy(np.stack([rows, cols]))
     return Csr.of(torch.sparse_coo_tensor(index, kept, shape[:2], check_invariants=False))
 

@@ -11,16 +11,19 @@ from torch import Tensor
 
 from ... import nvrtc
 from .. import DTYPES, Csr, Packed, SpmmKernel, Way
-from .._columns import columns_of, padded
+from .._columns import columns_of, padded, processors
 
-THREADS = 128
-SHORTEST = 256  # entries of a segment of a row that is cut
+THREADS, WARP = 128, 32
+UNROLL = 4  # entries of a team in flight
+LONG = 4  # rounds of entries after which a segment is long
+SHORTEST = 8  # rounds of a whole warp in the shortest segment of a row that is cut
+WARPS_PER_SM = 16  # that should have a segment
 KIND = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @cache
 def function(kind: int, team: int, par: int, loads: int, entry: str = "spmm_rows") -> nvrtc.Function:
-    args = {"spmm_rows": "PPPPPPiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
+    args = {"spmm_rows": "PPPPPPiiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
     return nvrtc.Function("spmm_rows.cuh", entry, args, {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads})
 
 
@@ -41,9 +44,7 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def refuses(cls, a: Csr) -> str | None:
-        if reason := nvrtc.refusal(a.device):
-            return reason
-        return None if a.dtype in DTYPES else "float32, float16 or bfloat16 values"
+        return nvrtc.refusal(a.device) or (None if a.dtype in DTYPES else "float32, float16 or bfloat16 values")
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool) -> list[Way]:
@@ -51,33 +52,49 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
-        segments, longs, slots = cut_rows(a, max(SHORTEST, 4 * a.nnz // max(1, a.shape[0])))
         mean = a.nnz / max(1, int((a.lengths > 0).sum()))
-        meta = {"shape": list(a.shape), "slots": slots, "mean": mean, "par": knobs.get("par")}
-        return Packed((segments, longs, a.cols, a.values), meta)
+        return cls._cut(Packed((a.pointers, a.cols, a.values), {"shape": list(a.shape), "mean": mean}), n)
+
+    @classmethod
+    def refit(cls, packed: Packed, n: int) -> Packed:
+        return cls._cut(Packed(packed.tensors[2:], packed.meta), n)
+
+    @classmethod
+    def _cut(cls, packed: Packed, n: int) -> Packed:
+        pointers, _, values = packed.tensors
+        size, mean = values.element_size(), packed.meta["mean"]
+        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean)
+        tiles = -(-n * size // (16 * team * loads))
+        share = 2 * len(values) * tiles / (WARPS_PER_SM * processors(values.device))
+        limit = max(SHORTEST * UNROLL * WARP // team, round(share))
+        segments, longs, slots = cut_rows(pointers, limit)
+        wide = int((segments[:, 2] - segments[:, 1] >= LONG * UNROLL * par).sum()) if par * team < WARP else 0
+        meta = {"shape": packed.meta["shape"], "mean": mean, "slots": slots, "wide": wide}
+        return Packed((segments, longs, *packed.tensors), meta)
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
-        segments, longs, cols, values = packed
+        segments, longs, _, cols, values = packed
         kind, n = KIND[b.dtype], b.shape[1]
         b, width = padded(b)
         team, par, loads = shape_of(width, b.element_size(), meta["mean"])
-        par = min(meta["par"] or par, 32 // team)
         c = b.new_empty(meta["shape"][0], width)
         partial = torch.empty(meta["slots"], width, device=b.device)
-        grid = -(-len(segments) * team * par // THREADS), -(-width // (team * loads * 16 // b.element_size())), 1
+        lanes = WARP * meta["wide"] + team * par * (len(segments) - meta["wide"])
+        grid = -(-lanes // THREADS), -(-width // (team * loads * 16 // b.element_size())), 1
         tensors = segments, cols, values, b, c, partial
-        if len(segments):
+        if len(segments) and width:
             kernel = function(kind, team, par, loads)
-            kernel.launch(grid, (THREADS, 1, 1), *tensors, len(segments), width, b.stride(0))
-        if meta["slots"]:
+            sizes = len(segments), meta["wide"], width, b.stride(0)
+            kernel.launch(grid, (THREADS, 1, 1), *tensors, *sizes)
+        if meta["slots"] and width:
             grid = len(longs), -(-width // THREADS), 1
             function(kind, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
         return columns_of(c, n)
 
     @classmethod
     def revalued(cls, packed: Sequence[Tensor], values: Tensor) -> Sequence[Tensor]:
-        return *packed[:3], values
+        return *packed[:4], values
 
 
 def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
@@ -89,18 +106,19 @@ def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
     return team, par, loads
 
 
-def cut_rows(a: Csr, limit: int) -> tuple[Tensor, Tensor, int]:
+def cut_rows(pointers: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
     """Segments int32 [S, 4] of (row, begin, end, slot), long ones first, those of about one length in A's order.
 
     Also the rows that were cut, int32 [L, 3] of (row, first slot, end slot), and how many slots there are.
     """
-    parts = (-(-a.lengths // limit)).clamp(min=1)
+    lengths = pointers.diff()
+    parts = (-(-lengths // limit)).clamp(min=1)
     begins = torch.cat([parts.new_zeros(1), parts.cumsum(0)])
     total = int(begins[-1])
-    row = torch.repeat_interleave(torch.arange(a.shape[0], device=a.device), parts, output_size=total)
-    index = torch.arange(total, device=a.device) - begins[row]
-    begin = a.pointers[row] + a.lengths[row] * index // parts[row]
-    end = a.pointers[row] + a.lengths[row] * (index + 1) // parts[row]
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), parts, output_size=total)
+    index = torch.arange(total, device=lengths.device) - begins[row]
+    begin = pointers[row] + lengths[row] * index // parts[row]
+    end = pointers[row] + lengths[row] * (index + 1) // parts[row]
     cut = parts[row] > 1
     slot = torch.where(cut, cut.cumsum(0) - 1, -1)
     segments = torch.stack([row, begin, end, slot], 1).to(torch.int32)

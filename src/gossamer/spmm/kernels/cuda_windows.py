@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ... import nvrtc
 from .. import DTYPES, Csr, Packed, SpmmKernel, Way
-from .._columns import columns_of, padded
+from .._columns import columns_of, padded, processors
 from .._windows import Layout, lay_out, schedule
 
-ROWS = (8, 16, 32)
+ROWS = (8, 16, 32, 64)
 WARPS_PER_SM = 24  # what a schedule aims for
 SHORTEST, LONGEST = 2, 48  # groups of a segment
 SUM_THREADS = 128
@@ -41,6 +41,7 @@ VARIANTS = (
     function(1, 16, 4, True, 4),
     function(2, 8, 1, False, 4),
     function(2, 16, 8, True, 4),
+    function(0, 64, 8, False, 4),
     sum_function(0, 8),
 )
 
@@ -52,15 +53,15 @@ class CudaWindows(SpmmKernel):
 
     @classmethod
     def refuses(cls, a: Csr) -> str | None:
-        if reason := nvrtc.refusal(a.device):
-            return reason
-        return None if a.dtype in DTYPES else "float32, float16 or bfloat16 values"
+        return nvrtc.refusal(a.device) or (None if a.dtype in DTYPES else "float32, float16 or bfloat16 values")
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool) -> list[Way]:
         if a.dtype == torch.float32 and not tf32:
             return []
-        return [Way(cls.name, (("rows", r), ("masked", m))) for r in ROWS for m in (True, False)]
+        heights = [Way(cls.name, (("rows", r), ("masked", False))) for r in ROWS]
+        wide = [Way(cls.name, (("rows", 32), ("masked", False), ("cols", 16)))] if a.dtype != torch.float32 else []
+        return [*heights, *wide, Way(cls.name, (("rows", 8), ("masked", True)))]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
@@ -75,6 +76,8 @@ class CudaWindows(SpmmKernel):
         (m, k), rows, kind, n = meta["shape"], meta["rows"], DTYPES_KIND[b.dtype], b.shape[1]
         b, width = padded(b)
         c = b.new_empty(m, width)
+        if not m or not width:
+            return columns_of(c, n)
         partial = torch.empty(meta["slots"], rows, width, device=b.device)
         per_lane = meta["cols"] or lane_columns(width, kind, rows)
         grid = works.shape[0] // meta["warps"], -(-width // (8 * per_lane)), 1
@@ -104,7 +107,7 @@ def planned(layout: Layout, n: int, knobs: dict[str, Any]) -> Packed:
     per_lane = knobs.get("cols") or lane_columns(n, kind, layout.rows)
     tiles = -(-n // (8 * per_lane))
     groups, windows = int(layout.first[-1]), len(layout.first) - 1
-    wanted = WARPS_PER_SM * _processors(layout.cols.device) / max(1, tiles)
+    wanted = WARPS_PER_SM * processors(layout.cols.device) / max(1, tiles)
     limit = min(LONGEST, max(SHORTEST, round(groups / wanted)))
     few_windows = groups > 4 * limit * windows and layout.rows * per_lane <= 128
     warps = knobs.get("warps") or (16 if few_windows else 4)
@@ -128,7 +131,3 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
     near = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(x.isfinite() & near.isfinite(), near, x)
 
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
