@@ -1,6 +1,15 @@
-"""The kernels of general sparse products: their layouts, an emulation of the tensor-core kernel, and the GPU itself."""
+"""The kernels of general sparse products: their layouts, the device sources run on the CPU, and on a GPU."""
 
 from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gossamer.spmm import Csr, registry
-from gossamer.spmm._windows import COUNT_BIT, DEPTH, MIXED_BIT, SLOT_BIT, Layout, Schedule, entries, lay_out, schedule
+from gossamer import nvrtc
+from gossamer.spmm import Csr, registry, sampled
+from gossamer.spmm._windows import entries, lay_out, schedule
 from gossamer.spmm.kernels.cuda_rows import cut_rows
 from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
 
-WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32, 64) for m in (True, False)] + [("cuda_rows", {})]
+HERE = Path(__file__).parent
+WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [("cuda_rows", {})]
 
 
 @st.composite
@@ -27,90 +38,45 @@ def matrices(draw: st.DrawFn, rows: int = 90, cols: int = 120) -> Tensor:
     return a
 
 
-def multiply16(d: Tensor, a: Tensor, b: Tensor) -> None:
-    """mma.m16n8k16 as the PTX manual lays its operands out: d [32, 4] += of a [32, 4, 2] and b [32, 2, 2]."""
-    full_a, full_b = torch.zeros(16, 16, dtype=d.dtype), torch.zeros(16, 8, dtype=d.dtype)
-    for lane in range(32):
-        g, t = divmod(lane, 4)
-        for register, (row, col) in enumerate([(g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8)]):
-            full_a[row, col : col + 2] = a[lane, register]
-        for register in range(2):
-            full_b[2 * t + 8 * register : 2 * t + 8 * register + 2, g] = b[lane, register]
-    product = full_a @ full_b
-    for lane in range(32):
-        g, t = divmod(lane, 4)
-        for register, (row, col) in enumerate([(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]):
-            d[lane, register] += product[row, col]
+@cache
+def compiled(file: str, entry: str, macros: tuple[tuple[str, str], ...], args: str) -> Callable[..., None]:
+    """A device source as a function of the CPU: tests/cuda_on_cpu.h in the place of CUDA, C++ in that of PTX."""
+    text = nvrtc.read(file)
+    ptx = re.search(r'#line 1 "spmm_ptx.cuh"\n.*?(?=#line \d+ "spmm_mma.cuh")', text, re.DOTALL)
+    assert ptx
+    types = "".join(re.findall(r'#line 1 "types.cuh"\n.*?(?=#line \d+ ")', ptx[0], re.DOTALL))
+    text = text.replace(ptx[0], types + (HERE / "spmm_ptx_on_cpu.h").read_text())
+    parameters = re.search(rf"\b{entry}\(([^)]*)\) {{", text)
+    assert parameters
+    names = ", ".join(p.split()[-1].lstrip("*") for p in parameters[1].split(","))
+    text = f'#include "{HERE / "cuda_on_cpu.h"}"\n{text}\nextern "C" void launch(const int* grid, int threads, '
+    text += f"{parameters[1]}) {{ run_grid(grid, threads, [=] {{ {entry}({names}); }}); }}\n"
+    folder = Path(tempfile.mkdtemp())
+    (folder / "a.cpp").write_text(text)
+    defines = [f"-D{name}={value}" for name, value in macros]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-w", "-ffp-contract=off"]
+    subprocess.run(["g++", *flags, *defines, "-o", folder / "a.so", folder / "a.cpp"], check=True)
+    found = ctypes.CDLL(folder / "a.so").launch
+    kinds = {"P": ctypes.c_void_p, "i": ctypes.c_int32, "q": ctypes.c_int64}
+    found.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_int, *(kinds[a] for a in args)]
+    return found
 
 
-def tile_values(layout: Layout, item: int, lane: int) -> Tensor:
-    """A lane's four values of a tile, as load_values in spmm_windows.cuh finds them."""
-    out = torch.zeros(4, dtype=layout.values.dtype)
-    if not layout.masks.numel():
-        return layout.values[item * 128 + lane * 4 : item * 128 + lane * 4 + 4]
-    words = [int(w) & 0xFFFFFFFF for w in layout.masks[4 * item : 4 * item + 4]]
-    word, bit = lane // 8, lane % 8 * 4
-    before = int(layout.starts[item]) + sum(w.bit_count() for w in words[:word])
-    before += (words[word] & ((1 << bit) - 1)).bit_count()
-    own = words[word] >> bit & 15
-    for i in range(4):
-        if own >> i & 1:
-            out[i] = layout.values[before + (own & ((1 << i) - 1)).bit_count()]
-    return out
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run the device sources on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+
+    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args: Tensor | float, shared: int = 0) -> None:
+        run = compiled(self.file, self.entry, self.macros, self.args)
+        plain = [(x.data_ptr() or None) if isinstance(x, Tensor) else x for x in args]
+        run((ctypes.c_int * 3)(*grid), block[0], *plain)
+
+    monkeypatch.setattr(nvrtc.Function, "launch", launch)
 
 
-def emulated(layout: Layout, plan: Schedule, warps: int, b: Tensor) -> Tensor:
-    """spmm_windows.cuh with COLS = 2 and 16-bit operands, lane by lane; b [K, 16]."""
-    m, tiles = layout.shape[0], layout.rows // 8
-    c, partial = torch.full((m, 16), torch.nan, dtype=b.dtype), {}
-    sums = [torch.zeros(tiles, 32, 4, dtype=b.dtype) for _ in plan.works]
-    for own, (_, begin, end, _) in zip(sums, plan.works.tolist(), strict=True):
-        for group in range(begin, end):
-            rows = torch.zeros(32, 4, 2, dtype=b.dtype)
-            for lane in range(32):
-                g, t = divmod(lane, 4)
-                for i in range(4):
-                    col = int(layout.cols[group * DEPTH + 4 * t + i])
-                    rows[lane, i] = b[col, 2 * g : 2 * g + 2] if col >= 0 else 0
-            # __byte_perm: registers (column, depth pair) from rows (depth, column pair).
-            a = torch.stack([rows[:, 0:2, 0], rows[:, 0:2, 1], rows[:, 2:4, 0], rows[:, 2:4, 1]], 1)
-            for tile in range(tiles):
-                item = group * tiles + tile
-                values = torch.stack([tile_values(layout, item, lane) for lane in range(32)]).view(32, 2, 2)
-                multiply16(own[tile], a, values)
-    for index, (window, _, _, team) in enumerate(plan.works.tolist()):
-        first, count = team & 15, team >> COUNT_BIT & 31
-        if window < 0 or index % warps != first:
-            continue
-        base = index - index % warps
-        total = torch.stack(sums[base + first : base + first + count]).sum(0)
-        if count > 1:
-            assert team >> MIXED_BIT & 1
-        slot = (team >> SLOT_BIT) - 1
-        block = torch.zeros(layout.rows, 16, dtype=b.dtype)
-        for tile in range(tiles):
-            for lane in range(32):
-                g, t = divmod(lane, 4)
-                for r in range(2):
-                    block[tile * 8 + 2 * t + r, 2 * g : 2 * g + 2] = total[tile, lane, [r, 2 + r]]
-        if slot >= 0:
-            partial[slot] = block
-        else:
-            write(c, layout, window, block)
-    for window, begin, end in plan.longs.tolist():
-        write(c, layout, window, sum(partial.pop(s) for s in range(begin, end)))
-    assert not partial
-    return c
-
-
-def write(c: Tensor, layout: Layout, window: int, block: Tensor) -> None:
-    place = torch.arange(window * layout.rows, min((window + 1) * layout.rows, len(c)))
-    rows = place if layout.order is None else layout.order.long()[place]
-    assert c[rows].isnan().all(), "written twice"
-    c[rows] = block[: len(place)]
-
-
-@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+@pytest.mark.parametrize("rows", [8, 16, 32])
 @pytest.mark.parametrize("masked", [True, False])
 @settings(max_examples=15, deadline=None)
 @given(a=matrices(), shuffle=st.booleans())
@@ -132,17 +98,6 @@ def test_a_schedule_does_every_group_once(a: Tensor, limit: int, warps: int, row
     assert sorted(g for _, b, e, _ in works for g in range(b, e)) == list(range(int(layout.first[-1])))
     for window, begin, end, _ in works:
         assert layout.first[window] <= begin <= end <= layout.first[window + 1] and end - begin <= limit
-
-
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(("limit", "warps"), [(1, 4), (2, 16), (8, 4)])
-def test_emulated_lanes_multiply(masked: bool, limit: int, warps: int) -> None:
-    a = torch.randn(43, 150, dtype=torch.float64) * (torch.rand(43, 150) < 0.2)
-    a[16:24] = 0
-    b, order = torch.randn(150, 16, dtype=torch.float64), torch.randperm(43)
-    for rows, by in ((8, None), (16, order)):
-        layout = lay_out(Csr.of(a), rows, masked, by)
-        torch.testing.assert_close(emulated(layout, schedule(layout, limit, warps), warps, b), a @ b)
 
 
 @settings(max_examples=40, deadline=None)
@@ -185,6 +140,53 @@ def checked(name: str, a: Tensor, b: Tensor, **knobs: object) -> None:
     assert torch.equal(found, product(name, Csr.of(a), b, **knobs)), "two runs differ"
 
 
+def hubs(m: int, k: int, density: float) -> Tensor:
+    """Some rows empty, one full."""
+    a = torch.randn(m, k) * (torch.rand(m, k) < density)
+    a[m // 4 : m // 2], a[m // 2] = 0, torch.randn(k)
+    return a
+
+
+CPU_CASES = [
+    (torch.float16, 8, {"rows": 8, "masked": True, "warps": 4, "limit": 1}),
+    (torch.float16, 24, {"rows": 16, "masked": False, "warps": 16, "limit": 1}),
+    (torch.bfloat16, 64, {"rows": 8, "masked": False, "warps": 4, "limit": 2}),
+    (torch.float32, 40, {"rows": 32, "masked": False, "warps": 4, "limit": 1}),
+    (torch.float16, 130, {"rows": 16, "masked": True, "warps": 4, "limit": 3}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "n", "knobs"), CPU_CASES)
+def test_windows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, knobs: dict) -> None:
+    a = hubs(43, 150, 0.05).to(dtype)
+    checked("cuda_windows", a, torch.randn(150, n).to(dtype), **knobs)
+    checked("cuda_windows", a, torch.randn(150, n).to(dtype), **knobs, order=torch.randperm(43))
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 8), (torch.float32, 8), (torch.bfloat16, 70), (torch.float32, 264)])
+def test_rows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int) -> None:
+    k = 2500 if n == 8 else 400
+    a = hubs(30, k, 0.01).to(dtype)
+    packed = registry["cuda_rows"].pack(Csr.of(a), n)
+    assert packed.meta["slots"] or packed.meta["wide"]
+    checked("cuda_rows", a, torch.randn(k, n).to(dtype))
+
+
+@pytest.mark.parametrize(("name", "knobs"), WAYS[:1] + WAYS[-1:])
+def test_inf_and_nan_on_the_cpu(on_cpu: None, name: str, knobs: dict) -> None:
+    inf_and_nan("cpu", name, knobs)
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 8), (torch.float32, 100)])
+def test_sddmm_source_on_the_cpu(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int
+) -> None:
+    a, x, y = Csr.of(hubs(30, 50, 0.1)), torch.randn(30, n).to(dtype), torch.randn(50, n).to(dtype)
+    plain = sampled.sddmm(a, x, y)
+    torch.testing.assert_close(plain, (x.float() @ y.float().t())[a.rows, a.cols.long()], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled._cuda(a, x, y), plain, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("name", "knobs"), WAYS)
@@ -208,15 +210,21 @@ def test_rows_in_another_order_and_a_hub(name: str, knobs: dict) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "knobs"), WAYS)
-def test_inf_and_nan_stay_where_they_belong(name: str, knobs: dict) -> None:
-    a = (torch.randn(100, 300, device="cuda") * (torch.rand(100, 300, device="cuda") < 0.1)).half()
-    b = torch.randn(300, 40, device="cuda").half()
+def test_inf_and_nan_on_the_gpu(name: str, knobs: dict) -> None:
+    inf_and_nan("cuda", name, knobs)
+
+
+def inf_and_nan(device: str, name: str, knobs: dict) -> None:
+    """They reach the rows that have an entry there, and no others."""
+    a = torch.randn(60, 100) * (torch.rand(60, 100) < 0.1)
+    b = torch.randn(100, 16)
     b[5, 3], b[17, 0], b[60, 9] = torch.inf, torch.nan, -torch.inf
     a[4, 40], a[50, 41] = torch.nan, torch.inf
-    found = product(name, Csr.of(a), b, **knobs).cpu()
-    rows, cols = a.cpu().double().to_sparse().indices(), b.cpu().double()
-    expected = torch.zeros(100, 40, dtype=torch.float64)
-    expected.index_add_(0, rows[0], a.cpu().double()[rows[0], rows[1]][:, None] * cols[rows[1]])
+    a, b = a.half(), b.half()
+    found = product(name, Csr.of(a.to(device)), b.to(device), **knobs).cpu()
+    rows, cols = a.nonzero(as_tuple=True)
+    expected = torch.zeros(60, 16, dtype=torch.float64)
+    expected.index_add_(0, rows, a.double()[rows, cols][:, None] * b.double()[cols])
     torch.testing.assert_close(found.double(), expected, rtol=5e-3, atol=5e-3, equal_nan=True)
 
 

@@ -12,7 +12,8 @@ from .spmm.csr import Csr
 
 BLOCK = 8  # columns that count as one when rows are compared
 HASHES = 4
-WINDOWS = (8, 16, 32, 64)
+GROUP = 64  # rows that stay together when groups are sorted
+WINDOWS = (8, 16, 32)
 WORTH = 0.85  # an order must need at most this share of the rows of B, in windows of 16 rows
 _MIX = (0x9E3779B97F4A7C15 - (1 << 64), 0x62B821756295C58D, 0x1B03738712FAD5C9, 0x369DEA0F31A53F85)
 
@@ -38,8 +39,8 @@ def _near_first(a: Csr, order: Tensor) -> Tensor:
     """The same groups of rows, sorted by their first columns: neighbours then find B's rows in the caches."""
     first = torch.full((a.shape[0],), a.shape[1], device=a.device)
     first.scatter_reduce_(0, a.rows, a.cols.long(), "amin")
-    whole = len(order) // WINDOWS[-1] * WINDOWS[-1]
-    groups = order[:whole].view(-1, WINDOWS[-1])
+    whole = len(order) // GROUP * GROUP
+    groups = order[:whole].view(-1, GROUP)
     near = torch.argsort(first[groups].double().mean(1), stable=True)
     return torch.cat([groups[near].flatten(), order[whole:]])
 

@@ -14,7 +14,7 @@ from .. import DTYPES, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 from .._windows import Layout, lay_out, schedule
 
-ROWS = (8, 16, 32, 64)
+ROWS = (8, 16, 32)
 WARPS_PER_SM = 24  # what a schedule aims for
 SHORTEST, LONGEST = 2, 48  # groups of a segment
 SUM_THREADS = 128
@@ -41,7 +41,6 @@ VARIANTS = (
     function(1, 16, 4, True, 4),
     function(2, 8, 1, False, 4),
     function(2, 16, 8, True, 4),
-    function(0, 64, 8, False, 4),
     sum_function(0, 8),
 )
 
@@ -60,8 +59,7 @@ class CudaWindows(SpmmKernel):
         if a.dtype == torch.float32 and not tf32:
             return []
         heights = [Way(cls.name, (("rows", r), ("masked", False))) for r in ROWS]
-        wide = [Way(cls.name, (("rows", 32), ("masked", False), ("cols", 16)))] if a.dtype != torch.float32 else []
-        return [*heights, *wide, Way(cls.name, (("rows", 8), ("masked", True)))]
+        return [*heights, Way(cls.name, (("rows", 8), ("masked", True)))]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
