@@ -15,7 +15,10 @@ CSR_ALGORITHMS = {"alg1": 4, "alg2": 6, "alg3": 12}
 BLOCKED_ELL, BSR = 13, 14
 TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
 INT32, ROW_ORDER, FLOAT = 2, 2, 0
-_p, _q = ctypes.c_void_p, ctypes.c_int64
+
+
+def _sizes(*sizes: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(s) for s in sizes]
 
 
 class CusparseError(RuntimeError):
@@ -38,21 +41,21 @@ def _call(entry: str, *args: object) -> None:
 
 
 @cache
-def _handle() -> _p:
-    handle = _p()
+def _handle() -> ctypes.c_void_p:
+    handle = ctypes.c_void_p()
     _call("cusparseCreate", ctypes.byref(handle))
     return handle
 
 
-def _address(x: Tensor) -> _p:
-    return _p(x.data_ptr())
+def _address(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
-def _csr(a: Csr, keep: list) -> _p:
+def _csr(a: Csr, keep: list) -> ctypes.c_void_p:
     pointers = a.pointers.to(torch.int32)
     keep += [pointers, a.cols, a.values]
-    made = _p()
-    size = _q(a.shape[0]), _q(a.shape[1]), _q(a.nnz)
+    made = ctypes.c_void_p()
+    size = _sizes(a.shape[0], a.shape[1], a.nnz)
     arrays = _address(pointers), _address(a.cols), _address(a.values)
     _call("cusparseCreateCsr", ctypes.byref(made), *size, *arrays, INT32, INT32, 0, TYPES[a.dtype])
     return made
@@ -67,20 +70,20 @@ def _blocks(a: Csr, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return keys // wide, keys % wide, blocks
 
 
-def _bsr(a: Csr, size: int, keep: list) -> _p:
+def _bsr(a: Csr, size: int, keep: list) -> ctypes.c_void_p:
     rows, cols, blocks = _blocks(a, size)
     high, wide = -(-a.shape[0] // size), -(-a.shape[1] // size)
     pointers = torch.zeros(high + 1, dtype=torch.int32, device=a.device)
     pointers[1:] = torch.bincount(rows, minlength=high).cumsum(0)
     keep += [pointers, cols := cols.to(torch.int32), blocks]
-    made = _p()
-    shape = _q(high), _q(wide), _q(len(cols)), _q(size), _q(size)
+    made = ctypes.c_void_p()
+    shape = _sizes(high, wide, len(cols), size, size)
     arrays = _address(pointers), _address(cols), _address(blocks)
     _call("cusparseCreateBsr", ctypes.byref(made), *shape, *arrays, INT32, INT32, 0, TYPES[a.dtype], ROW_ORDER)
     return made
 
 
-def _blocked_ell(a: Csr, size: int, keep: list) -> _p:
+def _blocked_ell(a: Csr, size: int, keep: list) -> ctypes.c_void_p:
     rows, cols, blocks = _blocks(a, size)
     high = -(-a.shape[0] // size)
     counts = torch.bincount(rows, minlength=high)
@@ -91,16 +94,16 @@ def _blocked_ell(a: Csr, size: int, keep: list) -> _p:
     values = torch.zeros(high, size, most, size, dtype=a.dtype, device=a.device)
     values[rows, :, place] = blocks
     keep += [table, values]
-    made = _p()
-    shape = _q(high * size), _q(-(-a.shape[1] // size) * size), _q(size), _q(most * size)
+    made = ctypes.c_void_p()
+    shape = _sizes(high * size, -(-a.shape[1] // size) * size, size, most * size)
     arrays = _address(table), _address(values)
     _call("cusparseCreateBlockedEll", ctypes.byref(made), *shape, *arrays, INT32, 0, TYPES[a.dtype])
     return made
 
 
-def _dense(x: Tensor) -> _p:
-    made = _p()
-    size = _q(x.shape[0]), _q(x.shape[1]), _q(x.stride(0))
+def _dense(x: Tensor) -> ctypes.c_void_p:
+    made = ctypes.c_void_p()
+    size = _sizes(x.shape[0], x.shape[1], x.stride(0))
     _call("cusparseCreateDnMat", ctypes.byref(made), *size, _address(x), TYPES[x.dtype], ROW_ORDER)
     return made
 
@@ -125,7 +128,7 @@ def product(a: Csr, b: Tensor, algorithm: int, block: int = 16) -> tuple[Callabl
         _call("cusparseSpMM_preprocess", _handle(), *args, _address(buffer))
 
     def run(keep: list = keep) -> None:
-        _call("cusparseSetStream", _handle(), _p(torch.cuda.current_stream().cuda_stream))
+        _call("cusparseSetStream", _handle(), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
         _call("cusparseSpMM", _handle(), *args, _address(buffer))
 
     return run, c

@@ -111,7 +111,7 @@ def _with_dof(nodes: int, rows: np.ndarray, cols: np.ndarray, dof: int) -> tuple
 
 def wilson_dirac(side: int) -> Pattern:
     """A 4-dimensional periodic lattice of 12 unknowns: 3 within a site, 36 = 8 neighbours x half of 9 colours: 39."""
-    shape = (side,) * 4
+    shape = side, side, side, side
     sites = np.arange(side**4)
     at = np.stack(np.unravel_index(sites, shape))
     rows, cols = [], []
@@ -123,19 +123,19 @@ def wilson_dirac(side: int) -> Pattern:
         for step in (-1, 1):
             to = at.copy()
             to[axis] = (to[axis] + step) % side
-            near = np.ravel_multi_index(tuple(to), shape)
+            near = np.asarray(np.ravel_multi_index(tuple(to), shape))
             spin = 3 - axis if step > 0 else axis
-            for extra, spin in enumerate((spin, (spin + 2) % 4)):
+            for extra, to_spin in enumerate((spin, (spin + 2) % 4)):
                 for c in range(3 if extra == 0 else (2 if axis % 2 else 1)):
                     rows.append((sites[:, None] * 12 + own).ravel())
-                    cols.append((near[:, None] * 12 + (own // 3 * 3 + spin * 3) % 12 + c).ravel())
-    return "lattice", (side**4 * 12,) * 2, np.concatenate(rows), np.concatenate(cols)
+                    cols.append((near[:, None] * 12 + (own // 3 * 3 + to_spin * 3) % 12 + c).ravel())
+    return "lattice", (side**4 * 12, side**4 * 12), np.concatenate(rows), np.concatenate(cols)
 
 
 def geometric(n: int, degree: float, empty: float, seed: int = 6) -> Pattern:
     """A random geometric graph in a cube, numbered along a coarse grid; a share of its rows is empty."""
     rng = _rng(seed)
-    side = int(round((n / 8) ** (1 / 3)))
+    side = round((n / 8) ** (1 / 3))
     points = rng.random((n, 3))
     cell = np.ravel_multi_index(tuple((points * side).astype(int).clip(0, side - 1).T), (side,) * 3)
     points, cell = points[np.argsort(cell)], np.sort(cell)

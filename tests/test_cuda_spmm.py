@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gossamer import nvrtc
 from gossamer.spmm import Csr, registry, sampled
-from gossamer.spmm._windows import entries, lay_out, schedule
+from gossamer.spmm._windows import DEPTH, TILE, Layout, lay_out, schedule
 from gossamer.spmm.kernels.cuda_rows import cut_rows
 from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
 
@@ -74,6 +74,23 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         run((ctypes.c_int * 3)(*grid), block[0], *plain)
 
     monkeypatch.setattr(nvrtc.Function, "launch", launch)
+
+
+def entries(layout: Layout) -> Csr:
+    """The inverse of `lay_out`."""
+    tiles = layout.rows // TILE
+    if layout.masks.numel():
+        bits = layout.masks.unsqueeze(1) >> torch.arange(32, device=layout.masks.device) & 1
+        at, values = bits.flatten().nonzero().flatten(), layout.values
+    else:
+        at = layout.values.nonzero().flatten()
+        values = layout.values[at]
+    tile, row, depth = at // (TILE * DEPTH), at // DEPTH % TILE, at % DEPTH
+    window = torch.searchsorted(layout.first, tile // tiles, right=True) - 1
+    place = window * layout.rows + tile % tiles * TILE + row
+    rows = place if layout.order is None else layout.order.long()[place]
+    cols = layout.cols[tile // tiles * DEPTH + depth].long()
+    return Csr.of(torch.sparse_coo_tensor(torch.stack([rows, cols]), values, layout.shape, check_invariants=True))
 
 
 @pytest.mark.parametrize("rows", [8, 16, 32])
@@ -163,7 +180,9 @@ def test_windows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, kno
     checked("cuda_windows", a, torch.randn(150, n).to(dtype), **knobs, order=torch.randperm(43))
 
 
-@pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 8), (torch.float32, 8), (torch.bfloat16, 70), (torch.float32, 264)])
+@pytest.mark.parametrize(
+    ("dtype", "n"), [(torch.float16, 8), (torch.float32, 8), (torch.bfloat16, 70), (torch.float32, 264)]
+)
 def test_rows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int) -> None:
     k = 2500 if n == 8 else 400
     a = hubs(30, k, 0.01).to(dtype)
@@ -178,9 +197,7 @@ def test_inf_and_nan_on_the_cpu(on_cpu: None, name: str, knobs: dict) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 8), (torch.float32, 100)])
-def test_sddmm_source_on_the_cpu(
-    on_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int
-) -> None:
+def test_sddmm_source_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int) -> None:
     a, x, y = Csr.of(hubs(30, 50, 0.1)), torch.randn(30, n).to(dtype), torch.randn(50, n).to(dtype)
     plain = sampled.sddmm(a, x, y)
     torch.testing.assert_close(plain, (x.float() @ y.float().t())[a.rows, a.cols.long()], rtol=1e-4, atol=1e-4)

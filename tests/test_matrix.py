@@ -156,7 +156,9 @@ def test_values_that_change_are_seen(device: str) -> None:
 def test_double_precision_and_gradcheck() -> None:
     a = random(9, 7, 0.4).double()
     assert torch.autograd.gradcheck(lambda x: SparseMatrix(a) @ x, torch.randn(7, 2).double().requires_grad_())
-    torch.testing.assert_close(SparseMatrix(a) @ torch.randn(7).double().clone(), torch.zeros(9).double(), rtol=0, atol=99)
+    torch.testing.assert_close(
+        SparseMatrix(a) @ torch.randn(7).double().clone(), torch.zeros(9).double(), rtol=0, atol=99
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -280,7 +282,7 @@ def test_reverse_cuthill_mckee_needs_a_square() -> None:
 
 def test_predictions_grow_with_the_work() -> None:
     few, many = (
-        model.Stats((10**4, 10**4), z, 20, {h: (z, z // 8) for h in (8, 16, 32)}) for z in (10**5, 10**7)
+        model.Stats((10**4, 10**4), z, 20, 10**4, {h: (z, z // 8) for h in (8, 16, 32)}) for z in (10**5, 10**7)
     )
     for kernel in ("cuda_windows", "cuda_rows", "dense"):
         ways = registry[kernel].ways(Csr.of(torch.ones(4, 4).half()), False)

@@ -16,7 +16,7 @@ from . import formats, ops_spmm
 from .formats import FormatError
 from .formats.csr import CsrFormat
 from .machine import free_memory
-from .spmm import Csr, Way, market, sampled
+from .spmm import Csr, Way, sampled
 from .spmm.choice import BUCKETS, Chooser
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -201,9 +201,13 @@ def spmm(a: Any, x: Tensor, precision: str | None = None) -> Tensor:
 def _read(a: Any) -> Csr:
     if isinstance(a, SparseMatrix):
         return a._csr
-    if isinstance(a, (str, Path)):
-        return _load(Path(a)) if Path(a).suffix == SUFFIX else market.read(a)
-    return Csr.of(a)
+    if not isinstance(a, (str, Path)):
+        return Csr.of(a)
+    if Path(a).suffix == SUFFIX:
+        return _load(Path(a))
+    from .spmm import market  # NumPy, which importing Gossamer does not need
+
+    return market.read(a)
 
 
 def _load(path: Path) -> Csr:
@@ -226,7 +230,7 @@ def _warn_of_overflow(a: Csr, dtype: torch.dtype) -> None:
     finite = a.values[a.values.isfinite()].abs()
     if finite.numel() and float(finite.max()) > torch.finfo(dtype).max:
         warnings.warn(
-            f"values up to {float(finite.max()):.3g} become infinite in float16; fix: precision='bf16' or scale the matrix",
+            f"values up to {float(finite.max()):.3g} become infinite in float16; fix: precision='bf16', or scale them",
             stacklevel=3,
         )
 

@@ -20,7 +20,7 @@ SIDE = 16
 
 @dataclass(frozen=True, eq=False)
 class Bcsr(Format):
-    """`weight` [blocks, 16, 16], `cols` [blocks] int32 their block columns, `rows` [ceil(M/16) + 1] int64 the starts."""
+    """`weight` [blocks, 16, 16], `cols` [blocks] int32 block columns, `rows` [ceil(M/16) + 1] int64 the starts."""
 
     weight: Tensor
     cols: Tensor

@@ -22,8 +22,8 @@ from ..kernels import KernelError, Packed
 from ..registry import Registry
 from .csr import Csr
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-__all__ = ["DTYPES", "Csr", "KernelError", "Packed", "SpmmKernel", "Way", "registry"]
+KIND = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # what the device sources call TYPE
+__all__ = ["KIND", "Csr", "KernelError", "Packed", "SpmmKernel", "Way", "registry"]
 
 
 @dataclass(frozen=True)

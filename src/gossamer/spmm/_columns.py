@@ -26,6 +26,7 @@ def columns_of(c: Tensor, n: int) -> Tensor:
 
 
 @cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; on the CPU, where layouts are only tested, an H100's."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def processors(device: torch.device | None) -> int:
+    """Multiprocessors of a GPU; for predictions, and on the CPU, where layouts are only tested, an H100's."""
+    gpu = device is not None and device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if gpu else 132

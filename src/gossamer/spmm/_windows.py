@@ -1,7 +1,7 @@
 """The layout of `cuda_windows`: windows of 8, 16 or 32 rows, each with the columns that any of its rows has.
 
-A window's columns are cut into groups of 16. Per group: 16 columns (-1 where there are no more), and per tile (8 rows of
-the window) the values at (row, column), row-major, either all 128 or a mask of 128 bits and the values that are there.
+A window's columns are cut into groups of 16. Per group: 16 columns (-1 where there are no more), and per tile (8 rows
+of the window) the values at (row, column), row-major, either all 128 or a mask of 128 bits and those that are there.
 """
 
 from __future__ import annotations
@@ -86,23 +86,6 @@ def _masked(at: Tensor, values: Tensor, tiles: int) -> tuple[Tensor, Tensor, Ten
     words.scatter_add_(0, at // 32, torch.ones_like(at) << at % 32)
     starts = _starts(torch.bincount(at // (TILE * DEPTH), minlength=tiles))[:-1]
     return values[order], words.to(torch.int32), starts.to(torch.int32)
-
-
-def entries(layout: Layout) -> Csr:
-    """The inverse of `lay_out`."""
-    tiles = layout.rows // TILE
-    if layout.masks.numel():
-        bits = layout.masks.unsqueeze(1) >> torch.arange(32, device=layout.masks.device) & 1
-        at, values = bits.flatten().nonzero().flatten(), layout.values
-    else:
-        at = layout.values.nonzero().flatten()
-        values = layout.values[at]
-    tile, row, depth = at // (TILE * DEPTH), at // DEPTH % TILE, at % DEPTH
-    window = torch.searchsorted(layout.first, tile // tiles, right=True) - 1
-    place = window * layout.rows + tile % tiles * TILE + row
-    rows = place if layout.order is None else layout.order.long()[place]
-    cols = layout.cols[tile // tiles * DEPTH + depth].long()
-    return Csr.of(torch.sparse_coo_tensor(torch.stack([rows, cols]), values, layout.shape))
 
 
 def schedule(layout: Layout, limit: int, warps: int) -> Schedule:

@@ -66,7 +66,9 @@ class Csr:
         """A^T, and the place in A of each of its entries."""
         order = torch.argsort(self.cols, stable=True)
         pointers = pointers_of(self.cols[order].long(), self.shape[1])
-        return Csr(self.shape[::-1], pointers, self.rows[order].to(torch.int32), self.values[order]), order
+        return Csr(
+            (self.shape[1], self.shape[0]), pointers, self.rows[order].to(torch.int32), self.values[order]
+        ), order
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Csr:
         parts = {n: getattr(self, n).to(device) for n in ("pointers", "cols")}

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
+from . import KIND
 from ._columns import padded
 from .csr import Csr
-from .kernels.cuda_rows import KIND, THREADS, function
+from .kernels.cuda_rows import THREADS, function
 
 CHUNK = 1 << 24  # numbers that the plain version gathers at a time
 

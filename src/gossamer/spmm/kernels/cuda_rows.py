@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import nvrtc
-from .. import DTYPES, Csr, Packed, SpmmKernel, Way
+from .. import KIND, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 
 THREADS, WARP = 128, 32
@@ -18,7 +18,6 @@ UNROLL = 4  # entries of a team in flight
 LONG = 4  # rounds of entries after which a segment is long
 SHORTEST = 8  # rounds of a whole warp in the shortest segment of a row that is cut
 WARPS_PER_SM = 16  # that should have a segment
-KIND = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @cache
@@ -44,7 +43,7 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def refuses(cls, a: Csr) -> str | None:
-        return nvrtc.refusal(a.device) or (None if a.dtype in DTYPES else "float32, float16 or bfloat16 values")
+        return nvrtc.refusal(a.device) or (None if a.dtype in KIND else "float32, float16 or bfloat16 values")
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool) -> list[Way]:
@@ -65,9 +64,7 @@ class CudaRows(SpmmKernel):
         size, mean = values.element_size(), packed.meta["mean"]
         team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean)
         tiles = -(-n * size // (16 * team * loads))
-        share = 2 * len(values) * tiles / (WARPS_PER_SM * processors(values.device))
-        limit = max(SHORTEST * UNROLL * WARP // team, round(share))
-        segments, longs, slots = cut_rows(pointers, limit)
+        segments, longs, slots = cut_rows(pointers, longest_segment(len(values), team, tiles, values.device))
         wide = int((segments[:, 2] - segments[:, 1] >= LONG * UNROLL * par).sum()) if par * team < WARP else 0
         meta = {"shape": packed.meta["shape"], "mean": mean, "slots": slots, "wide": wide}
         return Packed((segments, longs, *packed.tensors), meta)
@@ -104,6 +101,12 @@ def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
     loads = 2 if vectors > 32 else 1
     par = next(p for p in (32, 16, 8, 4, 2, 1) if p <= 32 // team and (p == 1 or 2 * p <= mean))
     return team, par, loads
+
+
+def longest_segment(nnz: int, team: int, tiles: int, device: torch.device | None) -> int:
+    """Entries beyond which a row is cut: a few rounds of a whole warp, or twice the share of a warp if that is more."""
+    share = 2 * nnz * tiles / (WARPS_PER_SM * processors(device))
+    return max(SHORTEST * UNROLL * WARP // team, round(share))
 
 
 def cut_rows(pointers: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:

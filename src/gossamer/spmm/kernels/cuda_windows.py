@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import nvrtc
-from .. import DTYPES, Csr, Packed, SpmmKernel, Way
+from .. import KIND, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 from .._windows import Layout, lay_out, schedule
 
@@ -52,7 +52,7 @@ class CudaWindows(SpmmKernel):
 
     @classmethod
     def refuses(cls, a: Csr) -> str | None:
-        return nvrtc.refusal(a.device) or (None if a.dtype in DTYPES else "float32, float16 or bfloat16 values")
+        return nvrtc.refusal(a.device) or (None if a.dtype in KIND else "float32, float16 or bfloat16 values")
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool) -> list[Way]:
@@ -71,13 +71,13 @@ class CudaWindows(SpmmKernel):
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
         works, longs, cols, values, masks, starts, order, _ = packed
-        (m, k), rows, kind, n = meta["shape"], meta["rows"], DTYPES_KIND[b.dtype], b.shape[1]
+        m, rows, kind, n = meta["shape"][0], meta["rows"], KIND[b.dtype], b.shape[1]
         b, width = padded(b)
         c = b.new_empty(m, width)
         if not m or not width:
             return columns_of(c, n)
         partial = torch.empty(meta["slots"], rows, width, device=b.device)
-        per_lane = meta["cols"] or lane_columns(width, kind, rows)
+        per_lane = lane_columns(width, kind, rows)
         grid = works.shape[0] // meta["warps"], -(-width // (8 * per_lane)), 1
         kernel = function(kind, rows, per_lane, meta["masked"], meta["warps"])
         tensors = works, cols, values, masks, starts, order, b, c, partial
@@ -93,16 +93,13 @@ class CudaWindows(SpmmKernel):
         meta = packed.meta
         placed = order if order.numel() else None
         layout = Layout(meta["rows"], tuple(meta["shape"]), cols, values, masks, starts, first, placed)
-        return planned(layout, n, {"cols": meta["cols"]})
-
-
-DTYPES_KIND = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+        return planned(layout, n, {})
 
 
 def planned(layout: Layout, n: int, knobs: dict[str, Any]) -> Packed:
     """A layout with its schedule for B of about n columns."""
-    kind = DTYPES_KIND[layout.values.dtype]
-    per_lane = knobs.get("cols") or lane_columns(n, kind, layout.rows)
+    kind = KIND[layout.values.dtype]
+    per_lane = lane_columns(n, kind, layout.rows)
     tiles = -(-n // (8 * per_lane))
     groups, windows = int(layout.first[-1]), len(layout.first) - 1
     wanted = WARPS_PER_SM * processors(layout.cols.device) / max(1, tiles)
@@ -114,7 +111,7 @@ def planned(layout: Layout, n: int, knobs: dict[str, Any]) -> Packed:
     order = layout.order if layout.order is not None else layout.cols[:0]
     tensors = plan.works, plan.longs, layout.cols, layout.values, layout.masks, layout.starts, order, layout.first
     meta = {"shape": list(layout.shape), "rows": layout.rows, "masked": bool(layout.masks.numel())}
-    return Packed(tensors, meta | {"slots": plan.slots, "warps": warps, "cols": knobs.get("cols")})
+    return Packed(tensors, meta | {"slots": plan.slots, "warps": warps})
 
 
 def lane_columns(n: int, kind: int, rows: int) -> int:
@@ -128,4 +125,3 @@ def rounded_to_tf32(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     near = ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
     return torch.where(x.isfinite() & near.isfinite(), near, x)
-

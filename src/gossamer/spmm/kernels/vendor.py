@@ -35,7 +35,8 @@ class Vendor(SpmmKernel):
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
         if not packed[2].numel() or not b.shape[1]:
             return b.new_zeros(meta["shape"][0], b.shape[1])
-        return torch.sparse_csr_tensor(*packed, meta["shape"], check_invariants=False) @ b
+        pointers, cols, values = packed
+        return torch.sparse_csr_tensor(pointers, cols, values, meta["shape"], check_invariants=False) @ b
 
     @classmethod
     def revalued(cls, packed: Sequence[Tensor], values: Tensor) -> Sequence[Tensor]:
