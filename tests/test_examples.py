@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -60,6 +61,21 @@ def test_pretrain_24_ends_with_2_of_4_weights(tmp_path, monkeypatch):
     assert load("pretrain_24")([str(tmp_path), str(tmp_path / "out"), *small]) < 4.5
     weight = load_file(tmp_path / "out" / "model.safetensors")["blocks.1.mlp.down.weight"]
     assert patterns.is_24(weight) and weight.count_nonzero() > 0.4 * weight.numel()
+
+
+def test_gcn_learns_two_communities(tmp_path):
+    n, generator = 60, torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 2
+    near = torch.rand(n, n, generator=generator) < torch.where(y[:, None] == y, 0.3, 0.02)
+    edges = (near | near.t()).fill_diagonal_(False)
+    x = torch.randn(n, 8, generator=generator).to_sparse_csr()
+    train, test = torch.arange(6), torch.arange(6, n)
+    parts = {"adj_indptr": torch.cat([torch.zeros(1), edges.sum(1).cumsum(0)]).long(), "y": y}
+    parts |= {"adj_indices": edges.nonzero()[:, 1], "train_idx": train, "test_idx": test}
+    parts |= {"x_indptr": x.crow_indices(), "x_indices": x.col_indices(), "x_data": x.values()}
+    numpy.savez(tmp_path / "a.npz", x_shape=list(x.shape), **{k: v.numpy() for k, v in parts.items()})
+    torch.manual_seed(0)
+    assert load("gcn")(str(tmp_path / "a.npz"), epochs=100) > 0.8
 
 
 def test_every_example_is_short_and_tested():

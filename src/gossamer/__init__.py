@@ -18,6 +18,7 @@ from .checkpoint import densify, export, load, save
 from .compress import compress
 from .explain import explain
 from .hub.lazy import install
+from .matrix import SparseMatrix
 from .nn import SparseLinear
 from .plan import Plan, Rule, plan
 from .prepare import prepare
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Rule",
     "SparseLinear",
+    "SparseMatrix",
     "bench",
     "compress",
     "densify",

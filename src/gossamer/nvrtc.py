@@ -218,9 +218,9 @@ def compile_all(functions: Iterable[Function], archs: Iterable[str] = ARCHS) -> 
 
 
 def variants() -> list[Function]:
-    """Every function of Gossamer: the `VARIANTS` of the modules `cuda_*` here and in `gossamer.kernels`."""
+    """Every function of Gossamer: the `VARIANTS` of the modules `cuda_*` here and in the folders of kernels."""
     found = []
-    for package in ("gossamer", "gossamer.kernels"):
+    for package in ("gossamer", "gossamer.kernels", "gossamer.spmm.kernels"):
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
             if module.name.startswith("cuda_"):
                 found += importlib.import_module(f"{package}.{module.name}").VARIANTS

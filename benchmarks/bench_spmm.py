@@ -1,0 +1,275 @@
+"""General sparse products on the GPU against every algorithm of cuSPARSE and a dense product, on 27 matrices.
+
+    python benchmarks/bench_spmm.py --data DATA             # measures, appends a line per matrix, width and precision
+    python benchmarks/bench_spmm.py --summarise             # the figures of the newest lines, by what the model chooses
+
+Timed hot (one set of operands, so that what fits the L2 cache stays there), as replayed CUDA graphs; cuSPARSE is
+prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. "ours" is the way that `SparseMatrix` chooses
+without measuring; "candidates" are all that it chose from, so that the choice can be judged. `packing_ms` is what
+choosing, reordering and packing took, first products left out, since they compile kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cusparse
+import spmm_matrices
+from gossamer import nvrtc, timing
+from gossamer.spmm import Csr, Way, model
+from gossamer.spmm.choice import Chooser
+from gossamer.spmm.kernels import cuda_rows, cuda_windows
+from results import append, environment
+
+RESULTS = Path(__file__).parent / "results" / "spmm.jsonl"
+WIDTHS = (8, 32, 128, 512)
+PRECISIONS = {"fp16": (torch.float16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+BOUNDS = {"fp16": 2e-3, "tf32": 1e-3, "fp32": 1e-5}
+MUST = {"fp16": {8: 1.9, 32: 1.8, 128: 2.0, 512: 2.1}, "tf32": dict.fromkeys(WIDTHS, 1.2)}
+BLOCKED = ("band512_16k", "blockdiag64_shuffled")  # the ones that cuSPARSE's block formats are tried on
+SMALL = 200_000  # entries; on larger matrices cuSPARSE's CSR_ALG1 was never the best, and very slow
+SECONDS = 0.003  # of timing per candidate, at least
+
+
+def baselines(name: str, a: Csr, b: torch.Tensor, precision: str) -> dict[str, partial]:
+    """Every algorithm of cuSPARSE, and cuBLAS."""
+    found = {}
+    tried = {n: (alg, 0) for n, alg in cusparse.CSR_ALGORITHMS.items() if n != "alg1" or a.nnz < SMALL}
+    if precision == "fp16" and name in BLOCKED:
+        tried |= {f"ell{s}": (cusparse.BLOCKED_ELL, s) for s in (16, 32)} | {"bsr16": (cusparse.BSR, 16)}
+    for label, (algorithm, block) in tried.items():
+        try:
+            run, _ = cusparse.product(a, b, algorithm, block)
+            run()
+            found[f"cusparse_{precision}_{label}"] = run
+        except (cusparse.CusparseError, torch.OutOfMemoryError) as error:
+            print(f"{name} {label}: {error}", file=sys.stderr)
+    return found
+
+
+def timed(runners: Mapping[str, timing.Call]) -> dict[str, float]:
+    return timing.race({k: [r] for k, r in runners.items()}, torch.device("cuda"), SECONDS)
+
+
+def relative_error(found: torch.Tensor, a: Csr, b: torch.Tensor) -> float:
+    """Against float64, of the first columns."""
+    few = slice(0, 32)
+    expected = a.to(dtype=torch.float64).torch() @ b[:, few].double()
+    return float((found[:, few].double() - expected).norm() / expected.norm())
+
+
+def cells(name: str, kind: str, a32: Csr) -> None:
+    base = {n: timed(baselines(name, a32, dense_operand(a32, n, torch.float32), "fp32")) for n in WIDTHS}
+    for precision, (dtype, tf32) in PRECISIONS.items():
+        a = a32.to(dtype=dtype)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        chooser = Chooser(a, tf32, True, False)
+        chooser.prepare(WIDTHS[0], False)
+        torch.cuda.synchronize()
+        packing = time.perf_counter() - start
+        for n in WIDTHS:
+            line = cell(name, kind, a32, a, n, precision, chooser, base[n])
+            append(RESULTS, line | {"packing_ms": round(1e3 * packing, 1)} | environment("cuda"))
+        del chooser
+
+
+def dense_operand(a: Csr, n: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator(a.device).manual_seed(n)
+    return torch.randn(a.shape[1], n, device=a.device, generator=generator).to(dtype)
+
+
+def cell(
+    name: str, kind: str, a32: Csr, a: Csr, n: int, precision: str, chooser: Chooser, base: dict[str, float]
+) -> dict:
+    b = dense_operand(a, n, a.dtype)
+    runners, ways = {}, [w for w in chooser.ways if w.kernel != "vendor"]
+    for way in ways:
+        packed = chooser.packed(n, way)
+        runners[str(way)] = partial(way.own.run, b, packed.tensors, packed.meta)
+    worst = 0.0
+    exact = a32 if precision == "tf32" else a
+    for key, run in runners.items():
+        error = relative_error(run(), exact, b)
+        if not error <= BOUNDS[precision]:
+            raise ArithmeticError(f"{name} {key} N={n} {precision}: relative error {error:.1e}")
+        worst = max(worst, error)
+    others = baselines(name, a, b, precision) if precision == "fp16" else {}
+    times = timed(runners | others)
+    candidates = {k: round(times[k], 2) for k in runners}
+    baseline = {k: round(v, 2) for k, v in (base | {k: times[k] for k in others}).items()}
+    stats = chooser.stats
+    chosen = str(chooser.way(n))
+    reference = min(v for k, v in baseline.items() if k.startswith("cusparse_fp32"))
+    print(f"{name:21s} {n:4d} {precision} {chosen:34s} {candidates[chosen]:8.1f} us", end=" ")
+    print(f"{reference / candidates[chosen]:6.2f}x, best {min(candidates, key=candidates.get)}", flush=True)  # type: ignore[arg-type]
+    return {
+        "bench": "spmm",
+        "case": {"matrix": name, "kind": kind, "N": n, "precision": precision},
+        "ours": candidates[chosen],
+        "baseline": "cuSPARSE CSR float32, best algorithm",
+        "baseline_value": reference,
+        "unit": "us",
+        "ratio": round(reference / candidates[chosen], 3),
+        "way": chosen,
+        "error": float(f"{worst:.2g}"),
+        "candidates": candidates,
+        "baselines": baseline,
+        "stats": [list(stats.shape), stats.nnz, stats.longest, stats.filled, stats.gathered],
+        "reordered": chooser.reordered,
+    }
+
+
+def newest() -> list[dict]:
+    """The last line of each case."""
+    lines = [json.loads(x) for x in RESULTS.read_text().splitlines()]
+    return list({json.dumps(x["case"]): x for x in lines if "summary" not in x}.values())
+
+
+def rechosen(line: dict) -> str:
+    """What the model chooses today among the candidates of a line."""
+    shape, nnz, longest, filled, gathered = line["stats"]
+    stats = model.Stats(tuple(shape), nnz, longest, filled, {int(h): tuple(g) for h, g in gathered.items()})
+    n, size = line["case"]["N"], 2 if line["case"]["precision"] == "fp16" else 4
+    return min(line["candidates"], key=lambda text: model.microseconds(way_of(text), stats, n, size))
+
+
+def way_of(text: str) -> Way:
+    """The inverse of str(way)."""
+    kernel, _, knobs = text.removesuffix("]").partition("[")
+    if not knobs:
+        return Way(kernel)
+    found = {"masked": False} | {k: int(v) if v else True for k, _, v in (x.partition("=") for x in knobs.split(","))}
+    return Way(kernel, tuple(found.items()))
+
+
+def geomean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def summarise() -> None:
+    """Figures by what the model chooses today ("predicted"), and by the fastest candidate ("measured")."""
+    lines = newest()
+    took = {
+        id(x): {"predicted": x["candidates"][rechosen(x)], "measured": min(x["candidates"].values())} for x in lines
+    }
+    for precision, n, choice in itertools.product(PRECISIONS, WIDTHS, ("predicted", "measured")):
+        own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n]
+        if not own:
+            continue
+        sums = {"geomean_vs_cusparse": geomean([x["baseline_value"] / took[id(x)][choice] for x in own])}
+        if precision == "fp16":
+            like = [min(v for k, v in x["baselines"].items() if "fp16_alg" in k) / took[id(x)][choice] for x in own]
+            sums["geomean_vs_cusparse_fp16"] = geomean(like)
+        ratios = {x["case"]["matrix"]: best_other(x) / took[id(x)][choice] for x in own}
+        sums["worst_vs_best_of_cusparse_dense"] = min(ratios.values())
+        for name, value in sums.items():
+            must = 0.95 if name.startswith("worst") else MUST.get(precision, {}).get(n)
+            must = None if name.endswith("fp16") else must
+            write(name, {"N": n, "precision": precision, "choice": choice}, value, must, len(own))
+        low = {k: round(v, 2) for k, v in sorted(ratios.items(), key=lambda i: i[1]) if v < 0.95}
+        print(precision, n, choice, {k: round(v, 2) for k, v in sums.items()}, "below:", low)
+    within = [t["predicted"] <= 1.15 * t["measured"] for t in took.values()]
+    write("choice_within_15pct", {}, sum(within) / len(within), 0.85, len(within))
+    print("choice within 15 %:", sum(within) / len(within), "of", len(within))
+
+
+def best_other(line: dict) -> float:
+    """The best of cuSPARSE, of any format and no higher precision than asked for, and of dense."""
+    precision = line["case"]["precision"]
+    able = [v for k, v in line["baselines"].items() if precision == "fp16" or "fp32" in k]
+    return min([*able, line["candidates"].get("dense", math.inf)])
+
+
+def write(name: str, case: dict, value: float, must: float | None, n: int) -> None:
+    kept = {k: environment("cuda" if torch.cuda.is_available() else "cpu")[k] for k in ("machine", "commit", "date")}
+    kept["machine"] = machine_of_lines()
+    line = {"bench": "spmm", "summary": name, "case": case, "value": round(value, 3), "sense": ">=", "must": must}
+    append(RESULTS, line | {"unit": "", "n": n} | kept)
+
+
+def machine_of_lines() -> str:
+    return newest()[-1]["machine"]
+
+
+def generate(folder: Path, data: Path, name: str) -> None:
+    """Keeps a pattern in `folder`, so that all are made side by side before the GPU is needed."""
+    path = folder / f"{name.replace('%', '')}.npz"
+    if not path.exists():
+        kind, shape, rows, cols = spmm_matrices.patterns(data)[name]()
+        np.savez(path, kind=kind, shape=shape, rows=rows.astype(np.int32), cols=cols.astype(np.int32))
+
+
+def generated(folder: Path, name: str) -> spmm_matrices.Pattern:
+    found = np.load(folder / f"{name.replace('%', '')}.npz")
+    m, k = map(int, found["shape"])
+    return str(found["kind"]), (m, k), found["rows"], found["cols"]
+
+
+def warm_compiler() -> None:
+    """Every variant that may come up, side by side; they stay in the cache of binaries."""
+    jobs = sorted({(f.file, f.macros) for f in functions()})
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_compile, *zip(*jobs, strict=True), chunksize=2))
+
+
+def functions() -> list[nvrtc.Function]:
+    found = []
+    for kind in (0, 2):
+        for rows, masked, warps in itertools.product(cuda_windows.ROWS, (False, True), (4, 16)):
+            found += [
+                cuda_windows.function(kind, rows, cols, masked, warps)
+                for cols in {cuda_windows.lane_columns(n, kind, rows) for n in WIDTHS}
+                if not (rows > 8 and masked) and (warps == 4 or rows * cols <= 128)
+            ]
+        found += [cuda_windows.sum_function(kind, rows) for rows in cuda_windows.ROWS]
+        size = 4 if kind == 2 else 2
+        found += [
+            cuda_rows.function(kind, *cuda_rows.shape_of(n, size, mean))
+            for n in WIDTHS
+            for mean in (1, 4, 8, 16, 32, 64)
+        ]
+        found.append(cuda_rows.function(kind, 1, 1, 1, "spmm_rows_sum"))
+    return found
+
+
+def _compile(file: str, macros: tuple) -> None:
+    nvrtc.compile(file, dict(macros), os.environ.get("BENCH_ARCH", "sm_90a"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real matrices")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/gossamer_spmm"), help="folder for the generated ones")
+    parser.add_argument("--only", nargs="*", help="names of matrices")
+    parser.add_argument("--summarise", action="store_true")
+    asked = parser.parse_args()
+    if asked.summarise:
+        return summarise()
+    names = [n for n in spmm_matrices.patterns(asked.data) if not asked.only or n in asked.only]
+    asked.work.mkdir(exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(generate, asked.work, asked.data), names))
+    warm_compiler()
+    timing.LAUNCHES = 10
+    for name in names:
+        pattern = generated(asked.work, name)
+        cells(name, pattern[0], spmm_matrices.csr(pattern, torch.device("cuda")))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Which kernel multiplies a matrix: predicted from its pattern (`model`), or measured; packed once per choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from .. import reorder, timing
+from . import Csr, KernelError, Packed, Way, model, registry
+
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
+MEASURED = 4  # ways that a measurement compares
+
+
+def bucket(n: int) -> int:
+    return next((b for b in BUCKETS if n <= b), BUCKETS[-1])
+
+
+class Chooser:
+    """Chooses for one matrix, per width of B, and keeps what it packed.
+
+    tf32: may float32 values be rounded? reordering: may rows be put in another order inside? changing: will values
+    differ from product to product? Then only kernels that read them where they lie are used.
+    """
+
+    def __init__(self, a: Csr, tf32: bool, reordering: bool, changing: bool) -> None:
+        self.a, self.tf32, self.reordering, self.changing = a, tf32, reordering, changing
+        self._ways: dict[int, Way] = {}
+        self._times: dict[int, dict[Way, float]] = {}
+        self._packed: dict[tuple[int, Way], Packed] = {}
+
+    @cached_property
+    def _order(self) -> Tensor | None:
+        return reorder.worthwhile(self.a) if self.reordering else None
+
+    @property
+    def reordered(self) -> bool:
+        """Are rows in another order inside?"""
+        return self._windows and self._order is not None
+
+    @cached_property
+    def stats(self) -> model.Stats:
+        order = self._order if self._windows else None
+        return model.Stats.of(self.a, reorder.gathered(self.a, order) if self._windows and self.a.nnz else {})
+
+    @cached_property
+    def _windows(self) -> bool:
+        """Does any way depend on what rows have in common?"""
+        return any("rows" in dict(w.knobs) for w in self.ways)
+
+    @cached_property
+    def ways(self) -> list[Way]:
+        """All that may run here."""
+        able = [registry[name] for name in registry.names()]
+        able = [k for k in able if k.refuses(self.a) is None and (k.live or not self.changing)]
+        return [w for k in able for w in k.ways(self.a, self.tf32)]
+
+    def predicted(self, n: int) -> dict[Way, float]:
+        """Microseconds, best first."""
+        found = {w: model.microseconds(w, self.stats, n, self.a.values.element_size()) for w in self.ways}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def way(self, n: int) -> Way:
+        at = bucket(n)
+        if at not in self._ways:
+            if not self.ways:
+                raise KernelError(f"nothing multiplies {self.a.dtype} on {self.a.device}; fix: use precision='fp32'")
+            self._ways[at] = next(iter(self.predicted(at))) if len(self.ways) > 1 else self.ways[0]
+        return self._ways[at]
+
+    def packed(self, n: int, way: Way) -> Packed:
+        key = bucket(n), way
+        if key not in self._packed:
+            known = next((p for (_, w), p in self._packed.items() if w == way), None)
+            self._packed[key] = way.own.refit(known, key[0]) if known else self._pack(key[0], way)
+        return self._packed[key]
+
+    def _pack(self, n: int, way: Way) -> Packed:
+        knobs = dict(way.knobs) | ({"order": self._order} if "rows" in dict(way.knobs) else {})
+        return way.own.pack(self.a, n, **knobs)
+
+    def multiply(self, b: Tensor, values: Tensor | None = None) -> Tensor:
+        """A B, for these values in the place of A's."""
+        way = self.way(b.shape[1])
+        packed = self.packed(b.shape[1], way)
+        tensors = packed.tensors if values is None else way.own.revalued(packed.tensors, values)
+        return way.own.run(b, tensors, packed.meta)
+
+    def prepare(self, n: int, measure: bool) -> None:
+        """Choose and pack for B of n columns; `measure`: time the most promising."""
+        if measure:
+            self._ways[bucket(n)] = self._fastest(bucket(n))
+        self.packed(n, self.way(n))
+
+    def _fastest(self, n: int) -> Way:
+        b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
+        runners = {}
+        for way in list(self.predicted(n))[:MEASURED]:
+            packed = self.packed(n, way)
+            runners[str(way)] = way, [partial(way.own.run, b, packed.tensors, packed.meta)]
+        times = timing.race({name: calls for name, (_, calls) in runners.items()}, self.a.device)
+        self._times[n] = {way: times[name] for name, (way, _) in runners.items()}
+        best = min(self._times[n], key=self._times[n].__getitem__)
+        self._packed = {key: p for key, p in self._packed.items() if key[0] != n or key[1] == best}
+        return best
+
+    def explain(self, widths: Sequence[int]) -> str:
+        lines = [str(self.stats)]
+        if self._windows:
+            lines.append("rows are put in another order inside" if self.reordered else "rows stay as they are")
+        for n in widths:
+            way, measured = self.way(n), self._times.get(bucket(n), {})
+            times = measured or self.predicted(bucket(n))
+            said = ", ".join(f"{w} {us:.1f}" for w, us in list(times.items())[:MEASURED])
+            lines.append(f"N = {n}: {way}; {'measured' if measured else 'predicted'} us: {said}")
+        return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""The kernels of general sparse products: their layouts, the device sources run on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gossamer import nvrtc
+from gossamer.spmm import Csr, registry, sampled
+from gossamer.spmm._windows import DEPTH, TILE, Layout, lay_out, schedule
+from gossamer.spmm.kernels.cuda_rows import cut_rows
+from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
+
+HERE = Path(__file__).parent
+WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [("cuda_rows", {})]
+
+
+@st.composite
+def matrices(draw: st.DrawFn, rows: int = 90, cols: int = 120) -> Tensor:
+    m, k = draw(st.integers(0, rows)), draw(st.integers(0, cols))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    keep = draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
+    a = torch.randn(m, k, generator=generator) * (torch.rand(m, k, generator=generator) < keep)
+    if m and draw(st.booleans()):
+        a[draw(st.integers(0, m - 1))] = torch.randn(k, generator=generator)  # a long row
+    return a
+
+
+@cache
+def compiled(file: str, entry: str, macros: tuple[tuple[str, str], ...], args: str) -> Callable[..., None]:
+    """A device source as a function of the CPU: tests/cuda_on_cpu.h in the place of CUDA, C++ in that of PTX."""
+    text = nvrtc.read(file)
+    ptx = re.search(r'#line 1 "spmm_ptx.cuh"\n.*?(?=#line \d+ "spmm_mma.cuh")', text, re.DOTALL)
+    assert ptx
+    types = "".join(re.findall(r'#line 1 "types.cuh"\n.*?(?=#line \d+ ")', ptx[0], re.DOTALL))
+    text = text.replace(ptx[0], types + (HERE / "spmm_ptx_on_cpu.h").read_text())
+    parameters = re.search(rf"\b{entry}\(([^)]*)\) {{", text)
+    assert parameters
+    names = ", ".join(p.split()[-1].lstrip("*") for p in parameters[1].split(","))
+    text = f'#include "{HERE / "cuda_on_cpu.h"}"\n{text}\nextern "C" void launch(const int* grid, int threads, '
+    text += f"{parameters[1]}) {{ run_grid(grid, threads, [=] {{ {entry}({names}); }}); }}\n"
+    folder = Path(tempfile.mkdtemp())
+    (folder / "a.cpp").write_text(text)
+    defines = [f"-D{name}={value}" for name, value in macros]
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-w", "-ffp-contract=off"]
+    subprocess.run(["g++", *flags, *defines, "-o", folder / "a.so", folder / "a.cpp"], check=True)
+    found = ctypes.CDLL(folder / "a.so").launch
+    kinds = {"P": ctypes.c_void_p, "i": ctypes.c_int32, "q": ctypes.c_int64}
+    found.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_int, *(kinds[a] for a in args)]
+    return found
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run the device sources on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+
+    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args: Tensor | float, shared: int = 0) -> None:
+        run = compiled(self.file, self.entry, self.macros, self.args)
+        plain = [(x.data_ptr() or None) if isinstance(x, Tensor) else x for x in args]
+        run((ctypes.c_int * 3)(*grid), block[0], *plain)
+
+    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+
+
+def entries(layout: Layout) -> Csr:
+    """The inverse of `lay_out`."""
+    tiles = layout.rows // TILE
+    if layout.masks.numel():
+        bits = layout.masks.unsqueeze(1) >> torch.arange(32, device=layout.masks.device) & 1
+        at, values = bits.flatten().nonzero().flatten(), layout.values
+    else:
+        at = layout.values.nonzero().flatten()
+        values = layout.values[at]
+    tile, row, depth = at // (TILE * DEPTH), at // DEPTH % TILE, at % DEPTH
+    window = torch.searchsorted(layout.first, tile // tiles, right=True) - 1
+    place = window * layout.rows + tile % tiles * TILE + row
+    rows = place if layout.order is None else layout.order.long()[place]
+    cols = layout.cols[tile // tiles * DEPTH + depth].long()
+    return Csr.of(torch.sparse_coo_tensor(torch.stack([rows, cols]), values, layout.shape, check_invariants=True))
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32])
+@pytest.mark.parametrize("masked", [True, False])
+@settings(max_examples=15, deadline=None)
+@given(a=matrices(), shuffle=st.booleans())
+def test_windows_hold_the_matrix(rows: int, masked: bool, a: Tensor, shuffle: bool) -> None:
+    order = torch.randperm(len(a)) if shuffle else None
+    found = entries(lay_out(Csr.of(a), rows, masked, order))
+    expected = Csr.of(a)
+    assert found.shape == expected.shape and torch.equal(found.pointers, expected.pointers)
+    assert torch.equal(found.cols, expected.cols) and torch.equal(found.values, expected.values)
+
+
+@settings(max_examples=25, deadline=None)
+@given(a=matrices(), limit=st.integers(1, 4), warps=st.sampled_from([4, 16]), rows=st.sampled_from([8, 16]))
+def test_a_schedule_does_every_group_once(a: Tensor, limit: int, warps: int, rows: int) -> None:
+    layout = lay_out(Csr.of(a), rows, True)
+    plan = schedule(layout, limit, warps)
+    works = plan.works[plan.works[:, 0] >= 0].tolist()
+    assert len(plan.works) % warps == 0 and {w for w, *_ in works} == set(range(-(-len(a) // rows)))
+    assert sorted(g for _, b, e, _ in works for g in range(b, e)) == list(range(int(layout.first[-1])))
+    for window, begin, end, _ in works:
+        assert layout.first[window] <= begin <= end <= layout.first[window + 1] and end - begin <= limit
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=matrices(), limit=st.integers(1, 50))
+def test_cut_rows_cover_every_entry(a: Tensor, limit: int) -> None:
+    found = Csr.of(a)
+    segments, longs, slots = cut_rows(found.pointers, limit)
+    rows = torch.full((found.nnz,), -1)
+    for row, begin, end, _ in segments.tolist():
+        assert end - begin <= limit and (rows[begin:end] == -1).all()
+        rows[begin:end] = row
+    assert torch.equal(rows, found.rows)
+    owners = {slot: row for row, _, _, slot in segments.tolist() if slot >= 0}
+    assert owners == {s: row for row, b, e in longs.tolist() for s in range(b, e)} and len(owners) == slots
+    whole = sorted(row for row, _, _, slot in segments.tolist() if slot < 0)
+    assert sorted([*whole, *longs[:, 0].tolist()]) == list(range(len(a)))
+
+
+def test_rounding_to_tf32() -> None:
+    x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-10, -3.3, 0.0, torch.inf, -torch.inf, torch.nan, 3.4028e38])
+    found = rounded_to_tf32(x)
+    assert ((found[:5] - x[:5]).abs() <= x[:5].abs() * 2**-11).all()
+    assert torch.equal(found[5:].nan_to_num(7), x[5:].nan_to_num(7))
+    assert not (found[:5].view(torch.int32) & 0x1FFF).any()
+
+
+def product(name: str, a: Csr, b: Tensor, **knobs: object) -> Tensor:
+    packed = registry[name].pack(a, b.shape[1], **knobs)
+    return registry[name].run(b, packed.tensors, packed.meta)
+
+
+def checked(name: str, a: Tensor, b: Tensor, **knobs: object) -> None:
+    expected = a.double() @ b.double()
+    found = product(name, Csr.of(a), b, **knobs)
+    assert found.dtype == b.dtype and found.shape == expected.shape
+    bound = 2e-3 if b.dtype == torch.float16 else 8e-3 if b.dtype == torch.bfloat16 else 1e-3
+    bound = 3e-6 if name == "cuda_rows" and b.dtype == torch.float32 else bound
+    error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error <= bound or not expected.norm(), f"{name} {knobs} {tuple(a.shape)} n={b.shape[1]}: {error:.1e}"
+    assert torch.equal(found, product(name, Csr.of(a), b, **knobs)), "two runs differ"
+
+
+def hubs(m: int, k: int, density: float) -> Tensor:
+    """Some rows empty, one full."""
+    a = torch.randn(m, k) * (torch.rand(m, k) < density)
+    a[m // 4 : m // 2], a[m // 2] = 0, torch.randn(k)
+    return a
+
+
+CPU_CASES = [
+    (torch.float16, 8, {"rows": 8, "masked": True, "warps": 4, "limit": 1}),
+    (torch.float16, 24, {"rows": 16, "masked": False, "warps": 16, "limit": 1}),
+    (torch.bfloat16, 64, {"rows": 8, "masked": False, "warps": 4, "limit": 2}),
+    (torch.float32, 40, {"rows": 32, "masked": False, "warps": 4, "limit": 1}),
+    (torch.float16, 130, {"rows": 16, "masked": True, "warps": 4, "limit": 3}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "n", "knobs"), CPU_CASES)
+def test_windows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, knobs: dict) -> None:
+    a = hubs(43, 150, 0.05).to(dtype)
+    checked("cuda_windows", a, torch.randn(150, n).to(dtype), **knobs)
+    checked("cuda_windows", a, torch.randn(150, n).to(dtype), **knobs, order=torch.randperm(43))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n"), [(torch.float16, 8), (torch.float32, 8), (torch.bfloat16, 70), (torch.float32, 264)]
+)
+def test_rows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int) -> None:
+    k = 2500 if n == 8 else 400
+    a = hubs(30, k, 0.01).to(dtype)
+    packed = registry["cuda_rows"].pack(Csr.of(a), n)
+    assert packed.meta["slots"] or packed.meta["wide"]
+    checked("cuda_rows", a, torch.randn(k, n).to(dtype))
+
+
+@pytest.mark.parametrize(("name", "knobs"), WAYS[:1] + WAYS[-1:])
+def test_inf_and_nan_on_the_cpu(on_cpu: None, name: str, knobs: dict) -> None:
+    inf_and_nan("cpu", name, knobs)
+
+
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float16, 8), (torch.float32, 100)])
+def test_sddmm_source_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int) -> None:
+    a, x, y = Csr.of(hubs(30, 50, 0.1)), torch.randn(30, n).to(dtype), torch.randn(50, n).to(dtype)
+    plain = sampled.sddmm(a, x, y)
+    torch.testing.assert_close(plain, (x.float() @ y.float().t())[a.rows, a.cols.long()], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sampled._cuda(a, x, y), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("name", "knobs"), WAYS)
+def test_against_float64(name: str, knobs: dict, dtype: torch.dtype) -> None:
+    for m, k, density in ((1, 1, 1.0), (8, 16, 1.0), (77, 130, 0.1), (500, 700, 0.02), (40, 9000, 0.5), (300, 64, 0.9)):
+        a = (torch.randn(m, k, device="cuda") * (torch.rand(m, k, device="cuda") < density)).to(dtype)
+        for n in (1, 7, 8, 12, 32, 33, 96, 200, 520):
+            checked(name, a, torch.randn(k, n, device="cuda").to(dtype), **knobs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "knobs"), WAYS)
+def test_rows_in_another_order_and_a_hub(name: str, knobs: dict) -> None:
+    a = (torch.randn(3000, 20000, device="cuda") * (torch.rand(3000, 20000, device="cuda") < 0.002)).half()
+    a[100:900] = 0
+    a[77] = torch.randn(20000, device="cuda")
+    order = {"order": torch.randperm(3000, device="cuda")} if name == "cuda_windows" else {}
+    for n in (8, 128, 136):
+        checked(name, a, torch.randn(20000, n, device="cuda").half(), **knobs, **order)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "knobs"), WAYS)
+def test_inf_and_nan_on_the_gpu(name: str, knobs: dict) -> None:
+    inf_and_nan("cuda", name, knobs)
+
+
+def inf_and_nan(device: str, name: str, knobs: dict) -> None:
+    """They reach the rows that have an entry there, and no others."""
+    a = torch.randn(60, 100) * (torch.rand(60, 100) < 0.1)
+    b = torch.randn(100, 16)
+    b[5, 3], b[17, 0], b[60, 9] = torch.inf, torch.nan, -torch.inf
+    a[4, 40], a[50, 41] = torch.nan, torch.inf
+    a, b = a.half(), b.half()
+    found = product(name, Csr.of(a.to(device)), b.to(device), **knobs).cpu()
+    rows, cols = a.nonzero(as_tuple=True)
+    expected = torch.zeros(60, 16, dtype=torch.float64)
+    expected.index_add_(0, rows, a.double()[rows, cols][:, None] * b.double()[cols])
+    torch.testing.assert_close(found.double(), expected, rtol=5e-3, atol=5e-3, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_strides_of_b() -> None:
+    a = (torch.randn(100, 300, device="cuda") * (torch.rand(100, 300, device="cuda") < 0.1)).half()
+    wide = torch.randn(300, 200, device="cuda").half()
+    for b in (wide[:, 8:72], wide[:, 3:35], wide.t().contiguous().t()[:, :64], wide[:, ::2], wide[::1, :1]):
+        for name, knobs in (("cuda_windows", {"rows": 8, "masked": True}), ("cuda_rows", {})):
+            checked(name, a, b, **knobs)
