@@ -44,6 +44,31 @@ class _Anything:
         return self
 
 
+def test_compressing_needs_a_gpu() -> None:
+    with pytest.raises(CsltError, match="cuSPARSELt needs an NVIDIA GPU; fix: run it dense"):
+        cslt.compress(torch.zeros(64, 64, dtype=B))
+
+
+def test_algorithms_that_kill_the_process_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Many:
+        def __init__(self, *args: object) -> None: ...
+
+        def configs(self) -> int:
+            return 52
+
+    monkeypatch.setattr(cslt, "Plan", Many)
+    for version, count in (((0, 8), 28), ((0, 9), 52)):
+        monkeypatch.setattr(cslt, "version", lambda version=version: version)
+        assert len(list(cslt._candidates(Problem(64, 64, 64, H, H), 0))) == count
+        assert len(list(cslt._candidates(Problem(64, 64, 64, B, B), 0))) == 52
+
+
+def test_without_an_algorithm_that_is_right_a_layer_runs_dense() -> None:
+    a, x = torch.randn(16, 32).bfloat16(), torch.randn(3, 32).bfloat16()
+    meta = {"rows": 16, "cols": 32, "bf16": True, "algorithms": []}
+    assert torch.equal(CudaNm24Vendor.run(x, [a], meta, None), x @ a.mT)
+
+
 def test_the_prefill_kernel_refuses() -> None:
     a = NM.encode(torch.where(patterns.nm(torch.rand(64, 64)), 1.0, 0.0).bfloat16())
     assert CudaNm24Vendor.refuses(Case(a.spec(), torch.device("cpu"), B, 512)) == "an NVIDIA GPU"

@@ -239,6 +239,9 @@ class Plan:
 
     def run(self, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
         """Writes D to `d` on torch's current stream; `a` as `compress` leaves it. Shapes are the caller's business."""
+        if _current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.run(a, b, d)
         stream = ctypes.c_void_p(_stream(self._index))
         space = self._space(a, stream.value or 0) if self.workspace else None
         where = d.data_ptr()
@@ -262,6 +265,7 @@ class Plan:
 
 _address = ctypes.addressof
 # What torch's own generated code calls; a build without CUDA lacks them.
+_current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
@@ -300,17 +304,12 @@ def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[_Stru
     return described, sizes[0], sizes[1]
 
 
-def compressed_bytes(rows: int, depth: int, dtype: torch.dtype, index: int) -> int:
-    """Of a matrix, as `compress` leaves it."""
-    return _sizes(rows, depth, dtype, index)[1]
-
-
 def compress(a: Tensor) -> Tensor:
     """uint8: a contiguous 2:4 matrix [rows, depth] on a GPU in the library's own layout, which it does not document.
 
     What is not 2:4 loses values without a word: check with `patterns.is_24` first. -0.0 must not stand among zeros.
     """
-    if reason := Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
+    if reason := refusal(a.device) or Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
         raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
     if not a.is_contiguous() or a.data_ptr() % ALIGNMENT:
         raise CsltError("cslt.compress takes a contiguous matrix at an aligned address; fix: pass a.clone()")
@@ -400,7 +399,7 @@ def _dense(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
     a, b = a.to(wide), b.to(wide)
     right = b.mT if problem.b_rows else b
     d = right.mT @ a.mT if problem.d_rows else a @ right
-    return d.to(problem.out)
+    return (d.clamp(-128, 127) if problem.out == torch.int8 else d).to(problem.out)
 
 
 def _error(d: Tensor, expected: Tensor) -> float:
@@ -421,6 +420,12 @@ def _time(run: Callable[[], object]) -> float:
     marks[-1].synchronize()
     times = sorted(first.elapsed_time(second) for first, second in pairwise(marks))
     return times[TIMED // 2] * 1e3
+
+
+def aligned(b: Tensor) -> Tensor:
+    """`b`, or a copy, contiguous and at an address that the library takes."""
+    b = b.contiguous()
+    return b if b.data_ptr() % ALIGNMENT == 0 else b.clone()
 
 
 def matmul(a: Tensor, problem: Problem, b: Tensor, algorithm: Algorithm) -> Tensor:
