@@ -1,9 +1,9 @@
 """The functions of 2:4 training on an NVIDIA GPU, fused: prune or estimate, and compress for the product, in one pass.
 
-Plain torch in `patterns.py` is the oracle of every one; here a matrix is read once and leaves as cuSPARSELt wants it,
-whose own compression is slow. Its layout is known for Hopper alone and compared with the library's before the first use;
-on another GPU, or for sizes that are no multiples of 64, `prune`, `compressed` and `estimate_t` leave it to the oracle
-and the library. bfloat16 and float16.
+Plain torch in `patterns.py` is the oracle of every one; here a matrix is read once and leaves as cuSPARSELt wants it.
+That layout is known for Hopper alone and compared with the library's before the first use; on another GPU, or for sizes
+that are no multiples of 64, `prune`, `compressed` and `estimate_t` leave it to the oracle and to the library's own, slow
+compression. bfloat16 and float16.
 """
 
 from __future__ import annotations
