@@ -2,8 +2,8 @@
 
 Plain torch in `patterns.py` is the oracle of every one; here a matrix is read once and leaves as cuSPARSELt wants it.
 That layout is known for Hopper alone and compared with the library's before the first use; on another GPU, or for sizes
-that are no multiples of 64, `prune`, `compressed` and `estimate_t` leave it to the oracle and to the library's own, slow
-compression. bfloat16 and float16.
+that are no multiples of 64, `prune`, `compressed` and `estimate_t` leave it to the oracle and to the library's own,
+slow compression. bfloat16 and float16.
 """
 
 from __future__ import annotations

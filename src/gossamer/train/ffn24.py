@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from .. import cslt, cuda_patterns
+from .. import cslt, cslt_search, cuda_patterns
 from ..cslt import Algorithm, Problem
 from ..cuda_patterns import Act
 
@@ -99,8 +99,8 @@ def worth(problem: Problem, index: int) -> Algorithm | None:
     """The algorithm of a product that is faster sparse than dense on this GPU, timed on first use; None if none is."""
     if cslt.refusal(torch.device("cuda", index)) or problem.refuses():
         return None
-    found = cslt.best(problem, index)
-    return found[0] if found and found[1] < WORTH * cslt.dense_time(problem, index) else None
+    found = cslt_search.best(problem, index)
+    return found[0] if found and found[1] < WORTH * cslt_search.dense_time(problem, index) else None
 
 
 class _FFN(torch.autograd.Function):
