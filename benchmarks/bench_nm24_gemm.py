@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gossamer import cslt
+from gossamer import cslt, cslt_search
 from gossamer.cslt import Problem
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
@@ -177,7 +177,7 @@ def fp8(report: Report) -> None:
     for m, k in SHAPES:
         for n in PREFILL[3:]:
             problem = Problem(m, k, n, FP8, torch.bfloat16)
-            if not (found := cslt.best(problem, 0)):
+            if not (found := cslt_search.best(problem, 0)):
                 print("no algorithm for", problem)
                 continue
             a, x = two_of_four(m, k).to(FP8), torch.randn(n, k, device="cuda").to(FP8)

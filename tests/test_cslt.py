@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import gossamer
-from gossamer import cslt, patterns
+from gossamer import cslt, cslt_search, patterns
 from gossamer.cslt import CsltError, Problem
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Case, KernelError
@@ -44,6 +44,31 @@ class _Anything:
         return self
 
 
+def test_compressing_needs_a_gpu() -> None:
+    with pytest.raises(CsltError, match="cuSPARSELt needs an NVIDIA GPU; fix: run it dense"):
+        cslt.compress(torch.zeros(64, 64, dtype=B))
+
+
+def test_algorithms_that_kill_the_process_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Many:
+        def __init__(self, *args: object) -> None: ...
+
+        def configs(self) -> int:
+            return 52
+
+    monkeypatch.setattr(cslt, "Plan", Many)
+    for version, count in (((0, 8), 28), ((0, 9), 52)):
+        monkeypatch.setattr(cslt, "version", lambda version=version: version)
+        assert len(list(cslt_search._candidates(Problem(64, 64, 64, H, H), 0))) == count
+        assert len(list(cslt_search._candidates(Problem(64, 64, 64, B, B), 0))) == 52
+
+
+def test_without_an_algorithm_that_is_right_a_layer_runs_dense() -> None:
+    a, x = torch.randn(16, 32).bfloat16(), torch.randn(3, 32).bfloat16()
+    meta = {"rows": 16, "cols": 32, "bf16": True, "algorithms": []}
+    assert torch.equal(CudaNm24Vendor.run(x, [a], meta, None), x @ a.mT)
+
+
 def test_the_prefill_kernel_refuses() -> None:
     a = NM.encode(torch.where(patterns.nm(torch.rand(64, 64)), 1.0, 0.0).bfloat16())
     assert CudaNm24Vendor.refuses(Case(a.spec(), torch.device("cpu"), B, 512)) == "an NVIDIA GPU"
@@ -52,7 +77,7 @@ def test_the_prefill_kernel_refuses() -> None:
 
 
 def operands(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = cslt._operands(p, 0)
+    a, b = cslt_search._operands(p, 0)
     wide = (a.double(), b.double().mT if p.b_rows else b.double())
     d = wide[0] @ wide[1]
     return a, b, d.mT if p.d_rows else d
@@ -68,10 +93,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(("dtype", "out"), [(B, B), (H, H), (F8, B), (torch.int8, torch.int8)], ids=str)
 def test_products(dtype: torch.dtype, out: torch.dtype, b_rows: bool, d_rows: bool) -> None:
     p = Problem(256, 512, 96, dtype, out, b_rows, d_rows)
-    try:
-        found = cslt.best(p, 0)
-    except CsltError:
-        found = None
+    found = cslt_search.best(p, 0)
     if found is None:
         pytest.skip("the library has no such product")
     a, b, expected = operands(p)
@@ -84,7 +106,7 @@ def test_products(dtype: torch.dtype, out: torch.dtype, b_rows: bool, d_rows: bo
 def test_in_a_graph_and_with_a_bias() -> None:
     p = Problem(256, 512, 64, B, B)
     bias = torch.randn(256, device="cuda", dtype=B)
-    best = cslt.best(p, 0)
+    best = cslt_search.best(p, 0)
     assert best
     a, b, expected = operands(p)
     packed, with_bias = cslt.compress(a), p._replace(bias=bias.data_ptr())
@@ -106,7 +128,7 @@ def test_a_wrong_algorithm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return y.mul_(1.5) if self.algorithm.config == 0 else y
 
     monkeypatch.setattr(cslt.Plan, "run", lies)
-    trials = list(cslt.trials(Problem(128, 256, 64, B, B), 0))
+    trials = list(cslt_search.trials(Problem(128, 256, 64, B, B), 0))
     assert "relative error" in (trials[0][2] or "") and any(wrong is None for _, _, wrong in trials)
 
 

@@ -1,29 +1,23 @@
 """cuSPARSELt, NVIDIA's products with a 2:4 matrix, through ctypes: plans, workspaces and algorithms kept.
 
 torch's own operator builds and destroys descriptors and plan on every call, 0.5 to 1 ms of the host's time; a kept plan
-costs a few microseconds. The library is the one that torch brings (`nvidia-cusparselt`), 0.8 or later. No algorithm is
-used before its result was compared with a dense product on the same GPU: some of some versions are wrong
-(pytorch#155333). Call it from inside an op: torch.compile cannot trace it.
+costs a few microseconds. The library is the one that torch brings (`nvidia-cusparselt`), 0.8 or later. Which algorithm
+to take is what `cslt_search.py` finds out. Call it from inside an op: torch.compile cannot trace it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger("gossamer")
 
 OLDEST = (0, 8)  # its structures have 512 bytes
 NAME = "cusparseLt.dll" if os.name == "nt" else "libcusparseLt.so.0"
@@ -36,8 +30,6 @@ BIAS = 8  # cusparseLtMatmulDescAttribute_t
 CONFIG, CONFIGS, SPLIT, SPLIT_MODE = 0, 1, 3, 4  # cusparseLtMatmulAlgAttribute_t
 ALIGNMENT = 16  # bytes, of every matrix
 MAX_PLANS = 1024
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 6e-2}
-TIMED = 5  # runs of an algorithm that are timed, of which the median counts
 
 
 class CsltError(RuntimeError):
@@ -239,6 +231,9 @@ class Plan:
 
     def run(self, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
         """Writes D to `d` on torch's current stream; `a` as `compress` leaves it. Shapes are the caller's business."""
+        if _current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.run(a, b, d)
         stream = ctypes.c_void_p(_stream(self._index))
         space = self._space(a, stream.value or 0) if self.workspace else None
         where = d.data_ptr()
@@ -262,6 +257,7 @@ class Plan:
 
 _address = ctypes.addressof
 # What torch's own generated code calls; a build without CUDA lacks them.
+_current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
@@ -300,17 +296,12 @@ def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[_Stru
     return described, sizes[0], sizes[1]
 
 
-def compressed_bytes(rows: int, depth: int, dtype: torch.dtype, index: int) -> int:
-    """Of a matrix, as `compress` leaves it."""
-    return _sizes(rows, depth, dtype, index)[1]
-
-
 def compress(a: Tensor) -> Tensor:
     """uint8: a contiguous 2:4 matrix [rows, depth] on a GPU in the library's own layout, which it does not document.
 
     What is not 2:4 loses values without a word: check with `patterns.is_24` first. -0.0 must not stand among zeros.
     """
-    if reason := Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
+    if reason := refusal(a.device) or Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
         raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
     if not a.is_contiguous() or a.data_ptr() % ALIGNMENT:
         raise CsltError("cslt.compress takes a contiguous matrix at an aligned address; fix: pass a.clone()")
@@ -322,105 +313,10 @@ def compress(a: Tensor) -> Tensor:
     return out
 
 
-@cache
-def best(problem: Problem, index: int) -> tuple[Algorithm, float] | None:
-    """The fastest algorithm that computes this product correctly, and its microseconds; None if there is none.
-
-    Tried out on random operands: it takes a moment and waits for the GPU, so it belongs into `pack`, not into an op.
-    """
-    problem = problem._replace(bias=0)
-    if problem.refuses():
-        return None
-    try:
-        with torch.cuda.device(index):
-            found = [r for r in trials(problem, index) if r[2] is None]
-    except torch.OutOfMemoryError:  # for the operands of the trial
-        return None
-    return min(((a, t) for a, t, _ in found), key=lambda r: r[1], default=None)
-
-
-def trials(problem: Problem, index: int) -> Iterator[tuple[Algorithm, float, str | None]]:
-    """(algorithm, microseconds, what is wrong with it) for every algorithm."""
-    a, b = _operands(problem, index)
-    expected, packed = _dense(problem, a, b), compress(a)
-    for algorithm in _candidates(problem, index):
-        try:
-            ready = Plan(problem, algorithm, index)
-            d = torch.full_like(expected, torch.nan if expected.is_floating_point() else 77)
-            ready.run(packed, b, d)
-            error = _error(d, expected)
-        except CsltError as failure:
-            yield algorithm, 0.0, str(failure)
-            continue
-        if not error < TOLERANCE.get(problem.out, 1e-6):
-            log.info("cuSPARSELt's %s is wrong by %.2g on %s; it is not used", algorithm, error, problem)
-            yield algorithm, 0.0, f"relative error {error:.3g}"
-            continue
-        yield algorithm, _time(partial(ready.run, packed, b, d)), None
-
-
-# What ends in an illegal instruction, which no process survives: algorithms from these on, by version and type. Seen on
-# an H100, 4096 x 4096 by 1024 tokens: one of 28 to 51.
-UNSAFE = {((0, 8), torch.float16): 28}
-
-
-def _candidates(problem: Problem, index: int) -> Iterator[Algorithm]:
-    """Without one that is known to kill the process."""
-    count = Plan(problem, Algorithm(0), index).configs()
-    for config in range(min(count, UNSAFE.get((version(), problem.dtype), count))):
-        yield Algorithm(config)
-
-
-@cache
-def dense_time(problem: Problem, index: int) -> float:
-    """Microseconds of torch's dense product of the same shapes, in bfloat16 where there are 8 bits."""
-    with torch.cuda.device(index):
-        a, b = _operands(problem, index)
-        return _time(lambda: _dense(problem, a, b))
-
-
-def _operands(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
-    """Random, A of a random 2:4 pattern."""
-    generator = torch.Generator(device=f"cuda:{index}").manual_seed(24)
-    draw = {"device": f"cuda:{index}", "generator": generator}
-    scores = torch.rand(problem.rows, problem.depth // 4, 4, **draw)
-    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True)
-    right = (problem.columns, problem.depth) if problem.b_rows else (problem.depth, problem.columns)
-    if problem.dtype == torch.int8:
-        a, b = (torch.randint(-9, 10, shape, dtype=torch.int8, **draw) for shape in (keep.shape, right))
-    else:
-        a, b = (torch.randn(shape, dtype=torch.bfloat16, **draw).to(problem.dtype) for shape in (keep.shape, right))
-    a = torch.where(keep, a.view(torch.int8) if a.itemsize == 1 else a, 0)
-    return a.view(problem.dtype).view(problem.rows, problem.depth), b
-
-
-def _dense(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
-    """D as a dense product makes it, rounded once."""
-    wide = torch.float32 if problem.dtype == torch.int8 else torch.bfloat16 if a.itemsize == 1 else problem.dtype
-    a, b = a.to(wide), b.to(wide)
-    right = b.mT if problem.b_rows else b
-    d = right.mT @ a.mT if problem.d_rows else a @ right
-    return d.to(problem.out)
-
-
-def _error(d: Tensor, expected: Tensor) -> float:
-    """Relative, Frobenius."""
-    d, expected = d.float(), expected.float()
-    return float((d - expected).norm() / expected.norm())
-
-
-def _time(run: Callable[[], object]) -> float:
-    """Median microseconds on the GPU."""
-    run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    torch.cuda._sleep(200_000)  # behind a wait on the GPU the launches queue up
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    marks[-1].synchronize()
-    times = sorted(first.elapsed_time(second) for first, second in pairwise(marks))
-    return times[TIMED // 2] * 1e3
+def aligned(b: Tensor) -> Tensor:
+    """`b`, or a copy, contiguous and at an address that the library takes."""
+    b = b.contiguous()
+    return b if b.data_ptr() % ALIGNMENT == 0 else b.clone()
 
 
 def matmul(a: Tensor, problem: Problem, b: Tensor, algorithm: Algorithm) -> Tensor:

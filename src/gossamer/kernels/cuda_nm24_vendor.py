@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from .. import cslt
+from .. import cslt, cslt_search
 from ..cslt import Algorithm, Problem
 from ..formats import Format
 from . import Case, Kernel, KernelError, Packed
@@ -92,5 +92,5 @@ def _choice(algorithms: Sequence[Sequence[int]], tokens: int) -> Algorithm:
 @cache
 def _algorithms(problem: Problem, index: int) -> list[list[int]]:
     """[tokens, the algorithm] of each size that has one, ascending."""
-    found = [(n, cslt.best(problem._replace(columns=n), index)) for n in SIZES]
+    found = [(n, cslt_search.best(problem._replace(columns=n), index)) for n in SIZES]
     return [[n, *best[0]] for n, best in found if best]

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from .. import cslt, cuda_patterns
+from .. import cslt, cslt_search, cuda_patterns
 from ..cslt import Algorithm, Problem
 from ..cuda_patterns import Act
 
@@ -99,8 +99,8 @@ def worth(problem: Problem, index: int) -> Algorithm | None:
     """The algorithm of a product that is faster sparse than dense on this GPU, timed on first use; None if none is."""
     if cslt.refusal(torch.device("cuda", index)) or problem.refuses():
         return None
-    found = cslt.best(problem, index)
-    return found[0] if found and found[1] < WORTH * cslt.dense_time(problem, index) else None
+    found = cslt_search.best(problem, index)
+    return found[0] if found and found[1] < WORTH * cslt_search.dense_time(problem, index) else None
 
 
 class _FFN(torch.autograd.Function):
@@ -108,7 +108,7 @@ class _FFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor, first: Pruned, second: Pruned, act: Act) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        flat = cslt.aligned(x.reshape(-1, x.shape[-1]))
         z = multiply(flat, first)
         gated = z.shape[1] == 2 * second.shape[1]
         h = cuda_patterns.activate(z, act, gated)
@@ -120,7 +120,7 @@ class _FFN(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, z, h = ctx.saved_tensors
         first, second = ctx.first, ctx.second
-        dy = grads[0].reshape(-1, second.shape[0]).contiguous()
+        dy = cslt.aligned(grads[0].reshape(-1, second.shape[0]))
         dh = multiply_back(dy, second)
         estimate = cuda_patterns.estimate_t(dy) if estimates(second, h) else None
         d_out = weight_gradient(dy, h, estimate)
@@ -139,6 +139,6 @@ def ffn24(x: Tensor, w_in: Tensor, w_out: Tensor, first: Pruned, second: Pruned,
     """
     if w_in.shape[0] not in (w_out.shape[1], 2 * w_out.shape[1]):
         raise ValueError(f"w_in is {tuple(w_in.shape)}, w_out {tuple(w_out.shape)}; fix: F or 2 F rows for F columns")
-    if reason := cuda_patterns.refusal(x.reshape(-1, x.shape[-1])):
+    if reason := cuda_patterns.refusal(cslt.aligned(x.reshape(-1, x.shape[-1]))):
         raise cslt.CsltError(f"ffn24 needs {reason}; fix: F.linear with the pruned weights")
     return _FFN.apply(x, w_in, w_out, first, second, act)  # type: ignore[return-value]

@@ -38,7 +38,7 @@ class SparseProducts(Products):
         if self.mvue and cuda_patterns.refusal(dz) is None and x.dtype == dz.dtype:
             problem = Problem(dz.shape[1], x.shape[0], x.shape[1], x.dtype, x.dtype, b_rows=False, d_rows=False)
             if algorithm := worth(problem, x.get_device()):
-                return cslt.matmul(cuda_patterns.estimate_t(dz), problem, _aligned(x), algorithm)
+                return cslt.matmul(cuda_patterns.estimate_t(dz), problem, cslt.aligned(x), algorithm)
         return super().grad_weight(dz, x)
 
 
@@ -56,10 +56,4 @@ def _product(w: Tensor, x: Tensor) -> Tensor:
     """x w^T for a 2:4 `w`."""
     algorithm = worth(_problem(x, w), x.get_device())
     assert algorithm is not None  # `_fits` said so
-    return cslt.matmul(cuda_patterns.compressed(w), _problem(x, w), _aligned(x), algorithm)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous and at an address that the library takes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % cslt.ALIGNMENT == 0 else x.clone()
+    return cslt.matmul(cuda_patterns.compressed(w), _problem(x, w), cslt.aligned(x), algorithm)
