@@ -155,8 +155,8 @@ def pairs() -> str:
     decode, prefill, fp8 = (latest("nm24_gemm", f"{name}_geomean", **case) for name, case in gemm)
     lines = [
         "",
-        "2:4 sparsity on the H100, over the dense product of the same run, geometric means of 5 shapes: decoding 1 to 64",
-        f"tokens {decode:.2f}x, prompts of 4,096 tokens and more {prefill:.2f}x in bf16 and {fp8:.2f}x in fp8",
+        "2:4 sparsity on the H100, over the dense product of the same run, geometric means of 5 shapes: decoding 1 to",
+        f"64 tokens {decode:.2f}x, prompts of 4,096 tokens and more {prefill:.2f}x in bf16 and {fp8:.2f}x in fp8",
         "([more](docs/kernels/nm24.md)).",
     ]
     return "\n".join([*lines, ""])
@@ -166,8 +166,8 @@ def matrices() -> str:
     """General sparse matrices on a GPU."""
     lines = [
         "",
-        "`SparseMatrix` on the H100, any sparse matrix times a dense one of N columns, over the best algorithm of cuSPARSE's",
-        "CSR in float32, geometric mean of 25 matrices of 13 kinds, packing not counted ([more](docs/spmm.md)):",
+        "`SparseMatrix` on the H100, any sparse matrix times a dense one of N columns, over the best algorithm of",
+        "cuSPARSE's CSR in float32, geometric mean of 25 matrices of 13 kinds, packing not counted ([more](docs/spmm.md)):",
         "",
         "| | " + " | ".join(f"N = {n}" for n in WIDTHS) + " |",
         "|---|" + "---:|" * len(WIDTHS),

@@ -464,3 +464,18 @@ def test_stub_names_what_the_core_has() -> None:
     lines = [line for line in stub.read_text().splitlines() if line.startswith(("def ", "class "))]
     declared = {line.split("(")[0].split(":")[0].removeprefix("def ").removeprefix("class ") for line in lines}
     assert declared == {name for name in dir(_bsr.require()) if not name.startswith("_")}
+
+
+def test_a_prepared_layer_gives_the_bits_of_the_kernel(tmp_path: Path) -> None:
+    a = BsrInt8.encode(torch.randn(24, 40) * (torch.rand(6, 1, 40) < 0.3).expand(6, 4, 40).reshape(24, 40))
+    layer = SparseLinear.from_format(a, torch.randn(24).bfloat16())
+    x = torch.randn(2, 9, 40)
+    gossamer.prepare(layer, tokens=(1, 32), kernel="cpu_bsr_int8", dtype=torch.float32, lock=tmp_path / "lock.json")
+    packed = CpuBsrInt8.pack(a, torch.float32)
+    with torch.no_grad():
+        for part in (x, x[:1, :1], x.mT.contiguous().mT, x[:0]):
+            assert torch.equal(layer(part), CpuBsrInt8.run(part, packed.tensors, packed.meta, layer.bias))
+        layer.bias.mul_(2)
+        assert torch.equal(layer(x), CpuBsrInt8.run(x, packed.tensors, packed.meta, layer.bias))
+        with pytest.raises(ValueError, match="x lies on meta"):
+            layer(x.to("meta"))

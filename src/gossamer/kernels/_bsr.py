@@ -6,7 +6,7 @@ same on all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -140,9 +140,32 @@ def linear(x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tens
 
     A token with NaN or Inf in x gives NaN in all its outputs.
     """
-    rows, cols, shape = meta["rows"], meta["cols"], x.shape
-    _check_features(shape[-1], cols)
-    y = x.new_empty((*shape[:-1], rows))
+    return _product(x, weights(packed, meta), meta["rows"], meta["cols"], _plain(bias))
+
+
+def bound(packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`linear` as a function of x, for weights that stay where they are."""
+    found, rows, cols = weights(packed, meta), meta["rows"], meta["cols"]
+    held = tuple(t.detach() for t in packed)  # their memory lives as long as what is returned
+
+    def call(x: Tensor, _held: tuple[Tensor, ...] = held) -> Tensor:
+        return _product(x, found, rows, cols, _plain(bias))
+
+    return call
+
+
+def _plain(bias: Tensor | None) -> Tensor | None:
+    if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()):
+        return bias
+    return bias.float().contiguous()
+
+
+def _product(x: Tensor, found: Any, rows: int, cols: int, bias: Tensor | None) -> Tensor:
+    *lead, features = x.shape
+    _check_features(features, cols)
+    if not x.is_cpu:
+        raise ValueError(f"x lies on {x.device}, the weight on the CPU; fix: move one of them")
+    y = x.new_empty(*lead, rows)
     if not y.numel():
         return y
     if cols and x.is_contiguous():
@@ -150,12 +173,8 @@ def linear(x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tens
     else:
         x, tokens = _matrix(x, cols)
         stride = x.stride(0)
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    _linear(
-        weights(packed, meta), x.data_ptr(), TYPES[x.dtype], tokens, stride, 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), _threads(),
-    )  # fmt: skip
+    at = 0 if bias is None else bias.data_ptr()
+    _linear(found, x.data_ptr(), TYPES[x.dtype], tokens, stride, at, y.data_ptr(), _threads())
     return y
 
 

@@ -6,7 +6,7 @@ that one dot-product instruction multiplies 16 tokens by four weights (arXiv 230
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,3 +45,7 @@ class CpuBsrInt8(Kernel):
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         return _bsr.linear(x, packed, meta, bias)
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return _bsr.bound(packed, meta, bias)
