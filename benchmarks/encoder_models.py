@@ -59,10 +59,9 @@ def ours(shape: Shape, sparsity: float, block: tuple[int, int] = (4, 1)) -> Enco
 
     def layer() -> Layer:
         h, wide = shape.hidden, shape.intermediate
-        heads = torch.full((shape.heads,), 0.03)
         return Layer(
             linear(3 * h, h, True), linear(h, h), linear(wide, h, True), linear(h, wide), norm(), norm(), "gelu",
-            Scales(heads, heads, torch.full((h,), 0.03)),
+            Scales(*(torch.full((n,), 0.03) for n in (shape.heads, shape.heads, h))),
         )  # fmt: skip
 
     def norm() -> Norm:
