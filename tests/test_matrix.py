@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,27 @@ def test_save_and_load(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(b"")
     with pytest.raises(Exception):  # noqa: B017 - safetensors' own
         SparseMatrix(tmp_path / "b.safetensors")
+
+
+def test_copies_stand_on_their_own() -> None:
+    a = random()
+    first = SparseMatrix(a, requires_grad=True)
+    second, third = copy.deepcopy(first), pickle.loads(pickle.dumps(first))
+    del first
+    for found in (second, third):
+        assert found.values.requires_grad
+        torch.testing.assert_close(found @ torch.eye(90), a)
+
+
+def test_a_trainable_copy_leaves_its_source_alone() -> None:
+    a, given = random(), random().to_sparse_csr()
+    first = SparseMatrix(a)
+    second = SparseMatrix(first, requires_grad=True)
+    (second @ torch.eye(90)).sum().backward()
+    assert not first.values.requires_grad and second.values.grad is not None
+    assert not SparseMatrix(second).values.requires_grad
+    SparseMatrix(given, requires_grad=True)
+    assert not given.values().requires_grad
 
 
 @settings(max_examples=20, deadline=None)

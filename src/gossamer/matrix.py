@@ -66,11 +66,12 @@ class SparseMatrix:
         _check_room(found, torch.device(device) if device is not None else found.device)
         _warn_of_overflow(found, wanted)
         csr = found.to(device, wanted)
-        self.precision = precision
-        self.values = csr.values.requires_grad_() if requires_grad else csr.values
-        self._reorder = reorder
+        values = csr.values.detach()
+        # A leaf of its own: `a` may be a matrix that lives on.
+        self.values = values.clone().requires_grad_() if requires_grad else values
+        self.precision, self._reorder = precision, reorder
         self._sides: dict[bool, _Side] = {}
-        self._csr = csr
+        self._csr = Csr(csr.shape, csr.pointers, csr.cols, self.values.detach())
         self._handle = ops_spmm.register(self)
 
     @property
@@ -152,13 +153,17 @@ class SparseMatrix:
         """The same on another device; itself if it is there."""
         if torch.device(device) == self.device:
             return self
+        moved = Csr(self.shape, self._csr.pointers, self._csr.cols, self.values.detach())
         grad = self.values.requires_grad
-        moved = self.torch().detach()
         return SparseMatrix(moved, self.precision, device=device, requires_grad=grad, reorder=self._reorder)
 
     def torch(self) -> Tensor:
         """As a torch.sparse_csr tensor of the same values."""
         return Csr(self.shape, self._csr.pointers, self._csr.cols, self.values).torch()
+
+    def __reduce__(self) -> tuple:
+        parts = self.shape, self._csr.pointers, self._csr.cols, self.values.detach()
+        return _rebuilt, (parts, self.precision, self.values.requires_grad, self._reorder)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file of the format `csr`; `SparseMatrix(path)` reads it."""
@@ -198,7 +203,13 @@ def spmm(a: Any, x: Tensor, precision: str | None = None) -> Tensor:
     return kept @ x
 
 
+def _rebuilt(parts: tuple, precision: str | None, requires_grad: bool, reorder: bool) -> SparseMatrix:
+    return SparseMatrix(Csr(*parts), precision, requires_grad=requires_grad, reorder=reorder)
+
+
 def _read(a: Any) -> Csr:
+    if isinstance(a, Csr):
+        return a
     if isinstance(a, SparseMatrix):
         return a._csr
     if not isinstance(a, (str, Path)):
