@@ -220,8 +220,8 @@ def test_unknown_knobs_are_named(name: str) -> None:
 
 
 def test_unknown_names_list_what_there_is() -> None:
-    with pytest.raises(KeyError, match="unknown format 'csr'; there are: bitmask, bsr_int8, dense"):
-        formats.registry["csr"]
+    with pytest.raises(KeyError, match="unknown format 'csc'; there are: bcsr, bitmask, bsr_int8, csr, dense"):
+        formats.registry["csc"]
     with pytest.raises(KeyError, match="unknown method 'prune'; there are: cospadi"):
         methods.registry["prune"]
 
