@@ -114,7 +114,7 @@ def accuracy(data: Path, device: torch.device) -> None:
     x = F.normalize(x.to_dense(), p=1).to(device)
     y = torch.from_numpy(found["y"].astype(np.int64)).to(device)
     train, test = (torch.from_numpy(found[k]).to(device) for k in ("train_idx", "test_idx"))
-    variants = {"fp32": None, "bf16": "bf16"} if device.type == "cuda" else {"fp32": None}
+    variants: dict[str, str | None] = {"fp32": None, "bf16": "bf16"} if device.type == "cuda" else {"fp32": None}
     for name, product in products(a, variants).items():
         scores = [trained(product, x, y, train, test, seed) for seed in range(SEEDS)]
         print("cora", name, scores)
