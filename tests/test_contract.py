@@ -222,7 +222,7 @@ def test_unknown_knobs_are_named(name: str) -> None:
 def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(KeyError, match="unknown format 'csc'; there are: bcsr, bitmask, bsr_int8, csr, dense"):
         formats.registry["csc"]
-    with pytest.raises(KeyError, match="unknown method 'prune'; there are: cospadi"):
+    with pytest.raises(KeyError, match="unknown method 'prune'; there are: block, cospadi"):
         methods.registry["prune"]
 
 
