@@ -127,7 +127,10 @@ class FlopsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None:
             unit = "nonzeros" if self.regularizer.counts_nonzeros else "flops"
-            logs |= {unit: self.regularizer.measured, "flops_weight": self.regularizer.schedule.weight}
+            found = {unit: self.regularizer.measured, "flops_weight": self.regularizer.schedule.weight}
+            logs |= found
+            if state.log_history:  # the trainer copied the logs into it before it called us
+                state.log_history[-1] |= found
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
