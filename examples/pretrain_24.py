@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> float:
         logs = sorted(given.out.parent.glob("*/log.jsonl"))
         chart.draw({file.parent.name: chart.read(file) for file in logs}, given.out / "chart.svg")
     if dist.is_initialized():
+        dist.barrier()  # a rank that leaves while another still works can be aborted on its way out
         dist.destroy_process_group()
     return loss
 

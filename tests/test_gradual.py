@@ -1,5 +1,7 @@
 """Sparsity that rises while a model learns: the schedule, the masks, what survives an optimizer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -148,9 +150,10 @@ def _rank(rank: int, port: int, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_choose_the_same_masks(tmp_path) -> None:
+def test_two_processes_choose_the_same_masks(tmp_path, monkeypatch) -> None:
     import socket
 
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))  # where the new processes look for this file
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
