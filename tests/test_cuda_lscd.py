@@ -132,6 +132,8 @@ def test_refusals() -> None:
     spec = Bitmask.encode(sparse(16, 32, 0.5)).spec()
     assert "NVIDIA GPU" in (CudaLscd.refuses(Case(spec, torch.device("cpu"), torch.bfloat16, 1)) or "")
     packed = CudaLscd.pack(Bitmask.encode(sparse(16, 32, 0.5)), torch.bfloat16)
+    with pytest.raises(KernelError, match="x lies on meta, the weight on cpu; fix"):
+        CudaLscd.run(torch.zeros(2, 32, dtype=torch.bfloat16, device="meta"), packed.tensors, packed.meta, None)
     with pytest.raises(KernelError, match="x has 31 features, the weight takes 32"):
         CudaLscd.run(torch.zeros(2, 31, dtype=torch.bfloat16), packed.tensors, packed.meta, None)
     with pytest.raises(KernelError, match="packed for another dtype"):

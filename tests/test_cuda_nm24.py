@@ -133,6 +133,8 @@ def test_refusals() -> None:
     a = NM.encode(sparse(16, 32))
     assert "NVIDIA GPU" in (CudaNm24.refuses(Case(a.spec(), torch.device("cpu"), torch.bfloat16, 1)) or "")
     packed = CudaNm24.pack(a, torch.bfloat16)
+    with pytest.raises(KernelError, match="x lies on meta, the weight on cpu; fix"):
+        CudaNm24.run(torch.zeros(2, 32, dtype=torch.bfloat16, device="meta"), packed.tensors, packed.meta, None)
     with pytest.raises(KernelError, match="x has 31 features, the weight takes 32"):
         CudaNm24.run(torch.zeros(2, 31, dtype=torch.bfloat16), packed.tensors, packed.meta, None)
     with pytest.raises(KernelError, match=r"packed for torch.bfloat16, not torch.float16; fix"):

@@ -73,6 +73,10 @@ class CudaNm24(Kernel):
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
+        if x.device != packed[0].device:
+            raise KernelError(
+                f"cuda_nm24: x lies on {x.device}, the weight on {packed[0].device}; fix: move one of them"
+            )
         flat = rows_of(cls.name, x, meta)
         y = x.new_empty(flat.shape[0], meta["rows"])
         for begin in range(0, flat.shape[0], 8 * TILES[-1]):
