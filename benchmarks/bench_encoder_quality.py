@@ -39,26 +39,29 @@ from gossamer.train.spans import Spans
 from results import append, environment
 
 NAME = "all-MiniLM-L6-v2"
-SHARES = {"wikipedia": 0.25, "novels": 0.2, "wordnet": 0.2, "gcide": 0.15, "docstrings": 0.2}  # of spans
+SHARES = {"wikipedia": 0.25, "novels": 0.12, "wordnet": 0.2, "gcide": 0.15, "docstrings": 0.13}  # of spans
+SHARES |= {"foldoc": 0.1, "questions": 0.05}
 ENDS = (1012, 999, 1029)  # . ! ?
 CLS, SEP = 101, 102
+INT8 = "model.int8.xz"
 KINDS = ("docs", "queries")
 UNIT = "share of dense nDCG@10"
 DTYPE = torch.bfloat16  # of autocast
 STAGES = {0.5: 0.12, 0.7: 0.38, 0.8: 0.5}  # sparsity: share of the time
 MINUTES = 20  # of one GPU that the distillation may take
 RISE = 0.35  # of a stage's steps, in which sparsity rises
+SPARE = 0.97  # of the time left is planned with: steps are not all alike
 BARS = {("distilled", 0.7, False): 0.95, ("distilled", 0.8, False): 0.9, ("int8", 0.0, True): 0.99}
 BARS |= {("distilled", 0.7, True): 0.95, ("distilled", 0.8, True): 0.9}
 
 
-def spans_of(carry: Path, tokens: int, device: str) -> Spans:
+def spans_of(carry: Path, tokens: int, device: str, noise: float = 0.0) -> Spans:
     files = {name: carry / f"text.{name}.xz" for name in SHARES}
     streams = [encoder_text.read(file) for file in files.values() if file.exists()]
     shares = [SHARES[name] for name, file in files.items() if file.exists()]
     words = (carry / "model/vocab.txt").read_text().splitlines()
     inner = torch.tensor([word.startswith("##") for word in words])
-    return Spans(streams, CLS, SEP, inner, ENDS, tokens, shares, device=device)
+    return Spans(streams, CLS, SEP, inner, ENDS, tokens, shares, device=device, noise=noise)
 
 
 class Judge:
@@ -127,6 +130,8 @@ class Record:
 
 
 def load(folder: Path, device: str) -> nn.Module:
+    if (folder / INT8).exists():
+        return encoder_text.read_model(folder / INT8).eval().to(device)
     return AutoModel.from_pretrained(folder, dtype=torch.float32, add_pooling_layer=False).eval().to(device)
 
 
@@ -144,13 +149,13 @@ def learn(
     rate, lr = probe(distiller, spans, args)
     ends = np.cumsum([STAGES[s] for s in args.sparsities]) / sum(STAGES[s] for s in args.sparsities)
     for sparsity, end in zip(args.sparsities, ends, strict=True):
-        steps = max(args.least, int((end * args.seconds - (time.perf_counter() - start)) / rate))
-        rise = max(5, int(RISE * steps)) if before else 5
-        schedule = Cubic(sparsity, 5, rise, max(1, rise // args.rises), before or sparsity)
+        steps = max(args.least, int(SPARE * (end * args.seconds - (time.perf_counter() - start)) / rate))
+        rise = max(5, int(RISE * steps))
+        schedule = Cubic(sparsity, 5, rise, max(1, rise // args.rises), before)
         pruner = BlockPruner(distiller.student, schedule)
         print(f"{sparsity}: {steps} steps, {rate * 1e3:.1f} ms each, masks until {rise}", flush=True)
         at, batch = time.perf_counter(), partial(_from, spans, begin)
-        fit(distiller, batch, steps, lr, pruner, dtype=DTYPE, log=_log, log_every=max(1, steps // 12))
+        train(distiller, batch, steps, lr, pruner, args, log=_log, log_every=max(1, steps // 12))
         rate, begin, before = (time.perf_counter() - at) / steps, begin + steps, sparsity
         pruner.close()
         print(f"{sparsity}: sparsity {pruner.sparsity():.4f}, {time.perf_counter() - start:.1f} s", flush=True)
@@ -171,16 +176,20 @@ def zeros(model: nn.Module) -> float:
 def probe(distiller: Distiller, spans: Spans, args: argparse.Namespace) -> tuple[float, float]:
     """(seconds a step, the learning rate with the least loss at the end of a short run), on copies."""
     seconds, ends, steps = 0.0, {}, args.least
-    for lr in (args.lr[0], *args.lr):  # kernels are loaded in the first
-        trial = Distiller(copy.deepcopy(distiller.student), distiller.teacher)
+    for lr in (args.lr[0], *args.lr):  # kernels are loaded, or compiled, in the first
+        trial = Distiller(copy.deepcopy(distiller.student), distiller.teacher, **distiller.weights)
         pruner = BlockPruner(trial.student, Cubic(args.sparsities[-1], 5, 5))
         losses: list[float] = []
         log = partial(_keep, losses)
         start = time.perf_counter()
-        fit(trial, spans, steps, lr, pruner, dtype=DTYPE, log=log, log_every=max(1, steps // 8))
+        train(trial, spans, steps, lr, pruner, args, log=log, log_every=max(1, steps // 8))
         seconds, ends[lr] = (time.perf_counter() - start) / steps, float(np.mean(losses[-2:]))
-    print(f"probe: {ends}, {1e3 * seconds:.1f} ms a step", flush=True)
+        print(f"probe: {lr} {ends[lr]:.4f}, {1e3 * seconds:.1f} ms a step", flush=True)
     return seconds, min(ends, key=ends.__getitem__)
+
+
+def train(distiller: Distiller, batch, steps: int, lr: float, pruner: BlockPruner, args: argparse.Namespace, **more):
+    fit(distiller, batch, steps, lr, pruner, dtype=DTYPE, compiled=args.compiled, **more)
 
 
 def _keep(losses: list[float], _: int, seen: Mapping[str, float]) -> None:
@@ -237,22 +246,25 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     args.out.mkdir(parents=True, exist_ok=True)
     teacher = load(args.carry / "model", args.device)
-    spans = spans_of(args.carry, args.tokens, args.device)
+    spans = spans_of(args.carry, args.tokens, args.device, args.noise)
     names, stages = linears(teacher), {}
     student = trainable(copy.deepcopy(teacher))
-    distiller = Distiller(restore(args.start, student) if args.start else student, teacher)
+    weights = dict(zip(("hidden", "embedding", "similarity"), args.weights, strict=True))
+    distiller = Distiller(restore(args.start, student) if args.start else student, teacher, **weights)
 
     def done(sparsity: float, student: nn.Module, steps: int, seconds: float) -> None:
         stages[sparsity] = file = args.out / f"distilled_{round(100 * sparsity)}.safetensors"
         save(file, student, names)
         case = {"model": NAME, "sparsity": sparsity, "variant": "distilled", "tokens_a_step": args.tokens}
+        case |= {"start": args.start.stem if args.start else "dense", "compiled": args.compiled}
         line = {"bench": "quality", "summary": "training_seconds", "case": case, "value": round(seconds, 1)}
         bar = {"sense": "<=", "must": MINUTES * 60, "unit": "s, trials of learning rates included", "n": steps}
         append(args.out / "quality.jsonl", line | bar | environment(args.device))
 
     learn(distiller, spans, args, done)
     print(f"trained {time.perf_counter() - began:.1f} s", flush=True)
-    judge_all(args, teacher, spans, stages)
+    if args.collections:
+        judge_all(args, teacher, spans, stages)
 
 
 def judge_all(args: argparse.Namespace, teacher: nn.Module, spans: Spans, stages: Mapping[float, Path]) -> None:
@@ -282,7 +294,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def pack(args: argparse.Namespace) -> None:
     out = args.carry / "model"
     out.mkdir(parents=True, exist_ok=True)
-    AutoModel.from_pretrained(args.model, add_pooling_layer=False).half().save_pretrained(out)
+    model = AutoModel.from_pretrained(args.model, add_pooling_layer=False)
+    if args.int8:
+        model.config.save_pretrained(out)
+        encoder_text.write_model(out / INT8, model)
+    else:
+        model.half().save_pretrained(out)
     shutil.copy(args.model / "vocab.txt", out)
     judged = {name: read(args.data).judged for name, read in ir_data.COLLECTIONS.items()}
     (args.carry / "judged.json").write_text(json.dumps(judged))
@@ -295,6 +312,7 @@ def main() -> None:
     packing.add_argument("model", type=Path)
     packing.add_argument("data", type=Path)
     packing.add_argument("carry", type=Path)
+    packing.add_argument("--int8", action="store_true", help="half the bytes; the teacher is then rounded")
     for verb in ("run", "evaluate"):
         sub = verbs.add_parser(verb)
         sub.add_argument("carry", type=Path)
@@ -308,6 +326,9 @@ def main() -> None:
             sub.add_argument("--start", type=Path, help="a file of an earlier run to go on from")
             sub.add_argument("--lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="tried for a moment")
             sub.add_argument("--rises", type=int, default=8, help="choices of masks per stage")
+            sub.add_argument("--weights", type=float, nargs=3, default=[1, 1, 1], help="hidden, embedding, similarity")
+            sub.add_argument("--noise", type=float, default=0.2, help="share of spans with other words in them")
+            sub.add_argument("--compiled", action="store_true", help="through torch.compile")
             sub.add_argument("--least", type=int, default=150, help="steps of a trial, and of a stage at least")
     args = parser.parse_args()
     {"pack": pack, "run": run, "evaluate": evaluate}[args.verb](args)

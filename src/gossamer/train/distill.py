@@ -7,7 +7,8 @@ embedding, and how the texts of a batch rank each other, which is what retrieval
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers import block_modules, find
 from ..retrieval.losses import listwise_kl
 from ..work import replacing
 from .gradual import BlockPruner
@@ -52,6 +54,8 @@ class Distiller(nn.Module):
         self.pool: Pool = pool
         self.temperature = temperature
         self._teacher = (teacher.eval(),)  # a tuple: no submodule
+        self._blocks = tuple(block_modules(model, find(model)) for model in (student, teacher))
+        self._hidden_loss = hidden_loss
         self.train()
 
     @property
@@ -72,18 +76,58 @@ class Distiller(nn.Module):
         inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad():
-            taught = self._moved(input_ids.device)(**inputs, output_hidden_states=True).hidden_states
-        learnt = self.student(**inputs, output_hidden_states=True).hidden_states
+            taught = states(self._moved(input_ids.device), self._blocks[1], inputs)
+        learnt = states(self.student, self._blocks[0], inputs)
         student, teacher = (embed(h[-1], mask, self.pool) for h in (learnt, taught))
         parts: dict[str, Tensor] = {}
         if self.weights["hidden"]:
-            parts["hidden"] = hidden_loss(learnt[1:], taught[1:], mask)
+            parts["hidden"] = self._hidden_loss(learnt, taught, mask)
         if self.weights["embedding"]:
             parts["embedding"] = (1 - (student * teacher).sum(-1)).mean()
         if self.weights["similarity"]:
-            parts["similarity"] = listwise_kl(student, teacher, self.temperature)
+            with torch.autocast(input_ids.device.type, enabled=False):  # bfloat16 is too coarse for the temperature
+                parts["similarity"] = listwise_kl(student, teacher, self.temperature)
         loss = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Blocks of both models and the loss on hidden states go through torch.compile, once for all lengths.
+
+        Hooks inside a block are not called: `fit` runs the steps that a pruner observes without it.
+        """
+        blocks = [block for model in self._blocks for block in model]
+        before = [vars(block).get("forward") for block in blocks]  # None: the class's own
+        try:
+            for block in blocks:
+                block.forward = torch.compile(block.forward, dynamic=True)
+            self._hidden_loss = torch.compile(hidden_loss, dynamic=True)
+            yield
+        finally:
+            self._hidden_loss = hidden_loss
+            for block, forward in zip(blocks, before, strict=True):
+                vars(block).pop("forward", None)
+                if forward is not None:
+                    block.forward = forward
+
+
+def states(model: nn.Module, blocks: list[nn.Module], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What each block of an encoder gives, [batch, length, width] each; the last is the model's own last hidden state.
+
+    As `output_hidden_states=True` without the embeddings, but it leaves no hooks, which would break up compiled graphs.
+    """
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        last = model(**inputs).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (*found[:-1], last)
 
 
 def embed(hidden: Tensor, mask: Tensor, pool: Pool = "mean") -> Tensor:
@@ -118,6 +162,7 @@ def fit(
     pruner: BlockPruner | None = None,
     *,
     dtype: torch.dtype | None = None,
+    compiled: bool = False,
     clip: float = 1.0,
     checkpoint: str | Path | None = None,
     every: int = 500,
@@ -127,8 +172,9 @@ def fit(
     """A plain training loop: AdamW over what requires a gradient, warm-up and linear decay, masks after each step.
 
     `batch(step)` gives the model's inputs, on its device; let it depend on the step alone, and a resumed run repeats
-    what an uninterrupted one does. `dtype`: of autocast. `checkpoint`: a file that is written every `every` steps and
-    resumed from, and is yours to remove. `log(step, losses)` gets the means of every `log_every` steps.
+    what an uninterrupted one does. `dtype`: of autocast. `compiled`: through torch.compile, where a GPU and many steps
+    make up for the wait. `checkpoint`: a file that is written every `every` steps and resumed from, and is yours to
+    remove. `log(step, losses)` gets the means of every `log_every` steps.
 
     FloatingPointError when the loss is no longer finite; ValueError for a student that is frozen.
     """
@@ -139,23 +185,33 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     start = _resume(checkpoint, distiller, optimizer, pruner)
     seen: list[dict[str, Tensor]] = []
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * one_cycle(step, steps)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            losses = distiller(**batch(step))
+    with distiller.compiled() if compiled else nullcontext():
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * one_cycle(step, steps)
+            seen.append(_losses(distiller, batch(step), dtype, pruner))
+            nn.utils.clip_grad_norm_(trained, clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if pruner:
+                pruner.step(step + 1)
+            if (step + 1) % log_every == 0 or step + 1 == steps:
+                _report(step + 1, seen, log)
+                seen.clear()
+            if checkpoint and ((step + 1) % every == 0 or step + 1 == steps):
+                _save(Path(checkpoint), step + 1, distiller, optimizer, pruner)
+
+
+def _losses(
+    distiller: Distiller, inputs: Mapping[str, Tensor], dtype: torch.dtype | None, pruner: BlockPruner | None
+) -> dict[str, Tensor]:
+    """Forward and backward. Compiled code would not call the hooks of a pruner that observes."""
+    observed = pruner is not None and pruner.observing
+    with torch.compiler.set_stance("force_eager") if observed else nullcontext():
+        with torch.autocast(next(distiller.parameters()).device.type, dtype, enabled=dtype is not None):
+            losses = distiller(**inputs)
         losses["loss"].backward()
-        nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if pruner:
-            pruner.step(step + 1)
-        seen.append({name: value.detach() for name, value in losses.items()})
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            _report(step + 1, seen, log)
-            seen.clear()
-        if checkpoint and ((step + 1) % every == 0 or step + 1 == steps):
-            _save(Path(checkpoint), step + 1, distiller, optimizer, pruner)
+    return {name: value.detach() for name, value in losses.items()}
 
 
 def _report(step: int, seen: list[dict[str, Tensor]], log: Callable[[int, dict[str, float]], object] | None) -> None:

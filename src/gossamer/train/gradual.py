@@ -85,8 +85,9 @@ class BlockPruner:
         # A weight that comes block-sparse stays so before the first choice, too.
         self.masks = {name: self._mask(weight) for name, weight in self._weights()}
         self._seen: dict[str, tuple[Tensor, int]] = {}
-        self._hooks = [self._watch(group[0][0]) for group in self.groups if score != "magnitude"]
+        self._hooks: list[Any] = []
         self._step = 0
+        self._attend()
 
     def step(self, step: int | None = None) -> None:
         """To be called after `optimizer.step()`; `step` counts those from 1, by default every call is one."""
@@ -94,6 +95,12 @@ class BlockPruner:
         if self.schedule.due(self._step):
             self.choose(self.schedule(self._step))
         self.apply()
+        self._attend()
+
+    @property
+    def observing(self) -> bool:
+        """Whether the next step's inputs are observed, by hooks on layers; at other times a model has none of them."""
+        return bool(self._hooks)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -132,11 +139,20 @@ class BlockPruner:
         device = next(iter(self.masks.values())).device
         self._seen = {name: (gram.to(device), count) for name, (gram, count) in state["seen"].items()}
         self.apply()
+        self._attend()
 
     def close(self) -> None:
         """Stop observing; the weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _attend(self) -> None:
+        """Hooks for the next step, if its inputs are to be observed."""
+        wanted = self.method.score != "magnitude" and self.schedule.soon(self._step + 1)
+        if not wanted:
+            self.close()
+        elif not self._hooks:
+            self._hooks = [self._watch(group[0][0]) for group in self.groups]
 
     def finish(self) -> nn.Module:
         """Stop, and store every pruned layer as `bsr_int8`, in place: the model is then one to save or to prepare."""
@@ -157,7 +173,7 @@ class BlockPruner:
 
     def _watch(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.is_grad_enabled() and self.schedule.soon(self._step + 1):
+            if torch.is_grad_enabled():
                 x = first_input(args, kwargs).detach().flatten(0, -2).float()
                 with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                     gram, count = self._seen.get(name, (torch.zeros((), device=x.device), 0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 LENGTHS = {8: 6, 12: 8, 16: 10, 24: 10, 32: 10, 48: 10, 64: 10, 96: 10, 128: 10, 192: 8, 256: 8}  # tokens: weight
 SHORT = 16  # spans up to here begin at any word, as queries and titles do; longer ones where a sentence begins
+NOISE = 0.2  # of the tokens of a noisy span are others
 CHUNK = 1000  # texts per call of the tokenizer
 
 
@@ -18,8 +19,10 @@ class Spans:
     """`spans(step)`: {"input_ids": [batch, length]}, one length per step, about `tokens` tokens in all.
 
     `streams`: 1-D token ids of one or several sources, mixed by `shares`. `first` and `last` frame an input ([CLS] and
-    [SEP]). `inner` [vocabulary]: which tokens continue a word; `stops`: which end a sentence. What a step gives depends
-    on its number and `seed` alone. ValueError for streams that are shorter than the longest span.
+    [SEP]). `inner` [vocabulary]: which tokens continue a word; `stops`: which end a sentence. `noise`: share of the spans
+    in which a fifth of the tokens are replaced, by any that the streams have, all alike: a teacher knows what rare words
+    mean that texts hardly have. What a step gives depends on its number and `seed` alone. ValueError for streams that
+    are shorter than the longest span.
     """
 
     def __init__(
@@ -34,14 +37,17 @@ class Spans:
         lengths: Mapping[int, int] = LENGTHS,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        noise: float = 0.0,
     ) -> None:
         self.first, self.last, self.tokens, self.device, self.seed = first, last, tokens, torch.device(device), seed
+        self.noise = noise
         self.lengths = dict(lengths)
         if (least := min(len(s) for s in streams)) < max(lengths):
             raise ValueError(f"a text has {least} tokens, spans have up to {max(lengths)}; fix: give more text")
         total = sum(shares or [len(s) for s in streams])
         self.shares = [s / total for s in shares or [len(s) for s in streams]]
         self._ids = [s.to(self.device, torch.int32) for s in streams]
+        self._known = torch.unique(torch.cat(self._ids)).long()
         self._starts: dict[tuple[int, int], Tensor] = {}  # of spans of a length in a stream
         for i, stream in enumerate(streams):
             words = _where(~inner[stream.long()]).to(self.device)
@@ -77,6 +83,11 @@ class Spans:
         ids, starts = self._ids[source], self._starts[source, length]
         picked = starts[torch.randint(len(starts), (count,), generator=generator, device=self.device)]
         body = ids[picked[:, None] + torch.arange(length - 2, device=self.device)].long()
+        if self.noise:
+            chance = torch.rand(count, length - 1, generator=generator, device=self.device)
+            others = torch.randint(len(self._known), body.shape, generator=generator, device=self.device)
+            replaced = (chance[:, :1] < self.noise) & (chance[:, 1:] < NOISE)
+            body = torch.where(replaced, self._known[others], body)
         return torch.cat([body.new_full((count, 1), self.first), body, body.new_full((count, 1), self.last)], 1)
 
 
