@@ -19,10 +19,10 @@ class Spans:
     """`spans(step)`: {"input_ids": [batch, length]}, one length per step, about `tokens` tokens in all.
 
     `streams`: 1-D token ids of one or several sources, mixed by `shares`. `first` and `last` frame an input ([CLS] and
-    [SEP]). `inner` [vocabulary]: which tokens continue a word; `stops`: which end a sentence. `noise`: share of the spans
-    in which a fifth of the tokens are replaced, by any that the streams have, all alike: a teacher knows what rare words
-    mean that texts hardly have. What a step gives depends on its number and `seed` alone. ValueError for streams that
-    are shorter than the longest span.
+    [SEP]). `inner` [vocabulary]: which tokens continue a word; `stops`: which end a sentence. `noise`: share of the
+    spans in which a fifth of the tokens are replaced, by any that the streams have, all alike: a teacher knows what
+    rare words mean that texts hardly have. What a step gives depends on its number and `seed` alone. ValueError for
+    streams that are shorter than the longest span.
     """
 
     def __init__(
