@@ -96,40 +96,50 @@ FILES = ("fp32", "fp32_fused", "int8_dynamic", "int8_dynamic_fused", "int8_stati
 def export(name: str, folder: Path) -> dict[str, Path]:
     """ONNX files of a shape, made once: as it is and fused by onnxruntime.transformers, each in fp32 and int8."""
     paths = {kind: folder / f"{name}.{kind}.onnx" for kind in FILES}
-    if all(path.exists() for path in paths.values()):
-        return paths
+    missing = [kind for kind, path in paths.items() if not path.exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        logging.disable(logging.WARNING)
+        for kind in missing:  # each from those before it
+            part = folder / f"{name}.{kind}.part.onnx"
+            _make(kind, SHAPES[name], paths, part)
+            part.rename(paths[kind])
+            print(f"{paths[kind].name}: {paths[kind].stat().st_size:,} bytes", flush=True)
+        logging.disable(logging.NOTSET)
+    return paths
+
+
+def _make(kind: str, shape: Shape, paths: dict[str, Path], out: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.transformers import optimizer
 
-    logging.disable(logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
-    shape, names = SHAPES[name], ["input_ids", "attention_mask", "token_type_ids"]
-    model = dense(shape)
+    extra, fp32 = {"DefaultTensorType": onnx.TensorProto.FLOAT}, str(paths["fp32"])
+    if kind == "fp32":
+        _to_onnx(dense(shape), out)
+    elif kind == "fp32_fused":
+        optimizer.optimize_model(
+            fp32, model_type="bert", num_heads=shape.heads, hidden_size=shape.hidden
+        ).save_model_to_file(str(out))
+    elif kind == "int8_static":
+        quantize_static(
+            fp32, str(out), _Reader(), QuantFormat.QDQ, op_types_to_quantize=["MatMul"],
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True, extra_options=extra,
+        )  # fmt: skip
+    else:
+        source = paths[kind.replace("int8_dynamic", "fp32")]
+        quantize_dynamic(str(source), str(out), weight_type=QuantType.QInt8, extra_options=extra)
+
+
+def _to_onnx(model: nn.Module, out: Path) -> None:
+    names = ["input_ids", "attention_mask", "token_type_ids"]
     model.set_attn_implementation("eager")
-    example = inputs(2, 16)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Hidden(model), tuple(example.values()), str(paths["fp32"]), input_names=names, output_names=["hidden"],
+            _Hidden(model), tuple(inputs(2, 16).values()), str(out), input_names=names, output_names=["hidden"],
             dynamic_axes={n: {0: "sentences", 1: "tokens"} for n in [*names, "hidden"]}, opset_version=17, dynamo=False,
         )  # fmt: skip
-    fused = optimizer.optimize_model(
-        str(paths["fp32"]), model_type="bert", num_heads=shape.heads, hidden_size=shape.hidden
-    )
-    fused.save_model_to_file(str(paths["fp32_fused"]))
-    extra = {"DefaultTensorType": onnx.TensorProto.FLOAT}
-    for kind in ("", "_fused"):
-        quantize_dynamic(
-            str(paths[f"fp32{kind}"]), str(paths[f"int8_dynamic{kind}"]), weight_type=QuantType.QInt8,
-            extra_options=extra,
-        )  # fmt: skip
-    quantize_static(
-        str(paths["fp32"]), str(paths["int8_static"]), _Reader(), QuantFormat.QDQ, op_types_to_quantize=["MatMul"],
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True, extra_options=extra,
-    )  # fmt: skip
-    logging.disable(logging.NOTSET)
-    return paths
 
 
 class _Reader:

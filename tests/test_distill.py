@@ -105,6 +105,30 @@ def test_learning_brings_a_pruned_model_back(bert) -> None:
     assert pruner.sparsity() == pytest.approx(0.5, abs=0.02)
 
 
+def test_compiled_blocks_learn_the_same(bert, monkeypatch) -> None:
+    """Inputs are observed in compiled runs, too; the backend leaves the arithmetic to torch, so that it is quick."""
+    compiled, graphs = torch.compile, []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled(f, backend=count, **options))
+    found = []
+    for way in (False, True):
+        student, losses = noisy(bert), []
+        pruner = BlockPruner(student, Cubic(0.5, 4, 8, 4))
+        fit(
+            Distiller(student, bert), lambda step: batch(step, length=12 + 4 * (step % 3)), 10, 1e-3, pruner,
+            compiled=way, log=lambda _, seen, losses=losses: losses.append(seen["loss"]), log_every=1,
+        )  # fmt: skip
+        found.append(losses)
+        assert pruner.sparsity() == pytest.approx(0.5, abs=0.02)
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert 3 <= len(graphs) <= 5, "teacher, first block, other blocks, loss: not one for each length and block"
+    assert all("forward" not in vars(m) for model in (student, bert) for m in model.modules())
+
+
 class Killed(Exception):
     pass
 

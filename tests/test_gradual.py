@@ -161,3 +161,14 @@ def test_two_processes_choose_the_same_masks(tmp_path, monkeypatch) -> None:
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert float((one["0.weight"] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_model_has_hooks_only_while_it_is_observed() -> None:
+    net = model()
+    pruner, seen = BlockPruner(net, Cubic(0.5, 6, 12, 6), LAYERS), []
+    for step in range(1, 15):
+        seen.append(pruner.observing)
+        assert bool(net[0]._forward_pre_hooks) == pruner.observing
+        train(net, pruner, step, step - 1)
+    assert [s for s, found in enumerate(seen, 1) if found] == [3, 4, 5, 6, 9, 10, 11, 12]
+    assert pruner.sparsity() == pytest.approx(0.5, abs=0.02)

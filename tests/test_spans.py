@@ -52,6 +52,20 @@ def test_sources_are_mixed_by_their_shares() -> None:
     assert float((ids == 7).float().mean()) == pytest.approx(0.75, abs=0.03)
 
 
+def test_noise_puts_other_words_of_the_text_into_some_spans() -> None:
+    streams = [torch.full((400,), 7), torch.tensor([9, 11] * 20)]
+    plain, noisy = (
+        Spans(streams, 2, 3, torch.zeros(20, dtype=torch.bool), [], 4800, [1, 0], {24: 1}, noise=noise)(0)["input_ids"]
+        for noise in (0.0, 0.5)
+    )
+    assert (plain[:-1, 1:-1] == 7).all()
+    body = noisy[:-1, 1:-1]
+    changed = (body != 7).float().mean(1)  # a third of what is put in is 7, too
+    assert float((changed > 0).float().mean()) == pytest.approx(0.5, abs=0.12)
+    assert float(changed[changed > 0].mean()) == pytest.approx(0.2 * 2 / 3, abs=0.05)
+    assert set(body.unique().tolist()) == {7, 9, 11} and (noisy[:, 0] == 2).all() and (noisy[:, -1] == 3).all()
+
+
 def test_too_little_text_and_other_tokenizers_are_refused(tokenizer, tiny_folder) -> None:
     from transformers import AutoTokenizer
 
