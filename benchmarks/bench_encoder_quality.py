@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, BertTokenizerFast
 
 import encoder_text
 import ir_data
 from gossamer import compress, plan
 from gossamer.emulate import calibrate, emulate, linears
+from gossamer.encoder import convert
 from gossamer.formats.bitmask import Bitmask
 from gossamer.methods.block import Block
 from gossamer.plan import Rule
@@ -121,7 +122,8 @@ class Record:
         self.dense = self.dense or found
         kept = sum(found.values()) / sum(self.dense.values())
         case = {"model": NAME, "sparsity": sparsity, "variant": variant, "int8": int8, "pattern": "4x1"} | more
-        bar = {"sense": ">=", "must": None if more else BARS.get((variant, sparsity, int8)), "unit": UNIT}
+        must = BARS.get((variant, sparsity, int8)) if set(more) <= {"engine"} else None
+        bar = {"sense": ">=", "must": must, "unit": UNIT}
         detail = {key: {n: round(v, 5) for n, v in of.items()} for key, of in (("ndcg", found), ("dense", self.dense))}
         line = {"bench": "quality", "summary": "ndcg_kept", "case": case, "value": round(kept, 5)} | bar
         append(self.out / "quality.jsonl", line | {"n": len(found)} | detail | environment(self.device))
@@ -270,18 +272,24 @@ def run(args: argparse.Namespace) -> None:
 def judge_all(args: argparse.Namespace, teacher: nn.Module, spans: Spans, stages: Mapping[float, Path]) -> None:
     record = Record(Judge(args.carry, args.device, args.collections), args.out, args.device)
     record(teacher, "dense", 0.0)
-    few = list(calibration(spans, 8))
     students = {s: restore(file, copy.deepcopy(teacher)) for s, file in sorted(stages.items(), reverse=True)}
-    for sparsity, student in students.items():
-        record(student, "distilled", sparsity)
-    dense_too = {0.0: teacher} | students
-    for sparsity, model in dense_too.items():
-        record(emulate(copy.deepcopy(model)), "distilled" if sparsity else "int8", sparsity, True)
-    for sparsity in args.sparsities:
-        record(one_shot(copy.deepcopy(teacher), spans, sparsity), "one_shot", sparsity)
-    for sparsity, model in dense_too.items():
-        static = emulate(copy.deepcopy(model), calibrate(model, few))
-        record(static, "distilled" if sparsity else "int8", sparsity, True, activations="static")
+    dense_too, few = {0.0: teacher} | students, list(calibration(spans, 8))
+    for what in args.variants:
+        for sparsity, model in students.items() if what in ("float", "one_shot") else dense_too.items():
+            name = "one_shot" if what == "one_shot" else "distilled" if sparsity else "int8"
+            record(VARIANTS[what](model, args, teacher, spans, few, sparsity), name, sparsity, **CASES[what])
+
+
+VARIANTS: dict[str, Callable[..., nn.Module]] = {
+    "float": lambda model, *_: model,
+    "int8": lambda model, *_: emulate(copy.deepcopy(model)),
+    "native": lambda model, args, *_: convert(model, BertTokenizerFast(str(args.carry / "model/vocab.txt"))),
+    "one_shot": lambda _, args, teacher, spans, few, sparsity: one_shot(copy.deepcopy(teacher), spans, sparsity),
+    "static": lambda model, args, teacher, spans, few, sparsity: emulate(copy.deepcopy(model), calibrate(model, few)),
+}
+CASES: dict[str, dict] = {"float": {}, "int8": {"int8": True}, "one_shot": {}}
+CASES |= {"static": {"int8": True, "activations": "static"}, "native": {"int8": True, "engine": "native"}}
+USUAL = ("float", "int8", "one_shot", "static")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -320,6 +328,7 @@ def main() -> None:
         sub.add_argument("--device", default="cpu")
         sub.add_argument("--tokens", type=int, default=16_384, help="per step")
         sub.add_argument("--sparsities", type=float, nargs="*", default=list(STAGES))
+        sub.add_argument("--variants", nargs="*", default=USUAL, choices=list(VARIANTS))
         sub.add_argument("--collections", nargs="*", default=list(ir_data.COLLECTIONS))
         if verb == "run":
             sub.add_argument("--seconds", type=float, default=200, help="of training")
