@@ -111,8 +111,8 @@ def ndcg(scores: Tensor, judged: list[dict[str, int]], k: int = 10) -> float:
 class Record:
     """Judges variants and appends what they keep of the dense model's nDCG@10."""
 
-    def __init__(self, judge: Judge, out: Path, device: str) -> None:
-        self.judge, self.out, self.device, self.dense = judge, out, device, {}
+    def __init__(self, judge: Judge, out: Path, device: str, dense: Mapping[str, float]) -> None:
+        self.judge, self.out, self.device, self.dense = judge, out, device, dict(dense)
 
     def __call__(
         self, model: nn.Module, variant: str, sparsity: float = 0.0, int8: bool = False, **more: object
@@ -270,14 +270,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def judge_all(args: argparse.Namespace, teacher: nn.Module, spans: Spans, stages: Mapping[float, Path]) -> None:
-    record = Record(Judge(args.carry, args.device, args.collections), args.out, args.device)
-    record(teacher, "dense", 0.0)
+    known = dense_of(args.dense, args.collections) if args.dense else {}
+    record = Record(Judge(args.carry, args.device, args.collections), args.out, args.device, known)
+    if not known:
+        record(teacher, "dense", 0.0)
     students = {s: restore(file, copy.deepcopy(teacher)) for s, file in sorted(stages.items(), reverse=True)}
     dense_too, few = {0.0: teacher} | students, list(calibration(spans, 8))
     for what in args.variants:
         for sparsity, model in students.items() if what in ("float", "one_shot") else dense_too.items():
             name = "one_shot" if what == "one_shot" else "distilled" if sparsity else "int8"
             record(VARIANTS[what](model, args, teacher, spans, few, sparsity), name, sparsity, **CASES[what])
+
+
+def dense_of(file: Path, names: list[str]) -> dict[str, float]:
+    """nDCG@10 of the dense model in the newest line of a file that has it for all collections."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    found = [line["ndcg"] for line in lines if line.get("case", {}).get("variant") == "dense" and "ndcg" in line]
+    fits = [ndcg for ndcg in found if set(names) == set(ndcg)]
+    if not fits:
+        raise SystemExit(f"{file} has no line of the dense model on {', '.join(names)}; fix: leave --dense out")
+    return fits[-1]
 
 
 VARIANTS: dict[str, Callable[..., nn.Module]] = {
@@ -329,6 +341,7 @@ def main() -> None:
         sub.add_argument("--tokens", type=int, default=16_384, help="per step")
         sub.add_argument("--sparsities", type=float, nargs="*", default=list(STAGES))
         sub.add_argument("--variants", nargs="*", default=USUAL, choices=list(VARIANTS))
+        sub.add_argument("--dense", type=Path, help="results with the dense model's line, which takes minutes on a CPU")
         sub.add_argument("--collections", nargs="*", default=list(ir_data.COLLECTIONS))
         if verb == "run":
             sub.add_argument("--seconds", type=float, default=200, help="of training")
