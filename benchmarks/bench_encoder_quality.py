@@ -149,9 +149,10 @@ def learn(
     """All stages within about `args.seconds`; the number of steps follows from the speed measured so far."""
     start, begin, before = time.perf_counter(), 0, zeros(distiller.student)
     rate, lr = probe(distiller, spans, args)
+    left, after = args.seconds - (time.perf_counter() - start), time.perf_counter()
     ends = np.cumsum([STAGES[s] for s in args.sparsities]) / sum(STAGES[s] for s in args.sparsities)
     for sparsity, end in zip(args.sparsities, ends, strict=True):
-        steps = max(args.least, int(SPARE * (end * args.seconds - (time.perf_counter() - start)) / rate))
+        steps = max(args.least, int(SPARE * (end * left - (time.perf_counter() - after)) / rate))
         rise = max(5, int(RISE * steps))
         schedule = Cubic(sparsity, 5, rise, max(1, rise // args.rises), before)
         pruner = BlockPruner(distiller.student, schedule)

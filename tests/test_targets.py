@@ -53,6 +53,39 @@ def test_one_command_one_shot(bert_folder, tmp_path) -> None:
     assert share_of_blocks(model) == [pytest.approx(0.5, abs=0.01)] * 12
 
 
+def test_what_it_wrote_is_served_as_an_encoder(bert, bert_folder, tmp_path, monkeypatch) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    from gossamer.encoder import pack, serving
+
+    if pack._core is None:
+        pytest.skip("the compiled encoder is not built")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(type(bert.config)(**bert.config.to_dict() | sizes)).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "dense")
+    asked = []
+
+    def tune(folder, tokens, limit, progress):
+        asked.append((gossamer.load(folder).parts.sparsity, tokens, limit))
+        points = (
+            serving.Point("sparse", 1, 2, 4, 90.0, 4.0, 5.0),
+            serving.Point("dense int8", 1, 2, 1, 45.0, 6.0, 7.0),
+        )
+        return serving.Report(points, tokens, limit, 99)
+
+    monkeypatch.setattr(serving, "tune", tune)
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").write_text(TEXT)
+    out, more = tmp_path / "out", ["--calibration", tmp_path / "text", "--samples", 8, "--length", 32]
+    assert run("compress", tmp_path / "dense", "-o", out, "--target", "cpu", "--sparsity", 0.5, *more).exit_code == 0
+    for folder in (out, tmp_path / "dense"):
+        result = run("bench", folder, "--target", "cpu", "--tokens", 12, "--limit", 7)
+        assert result.exit_code == 0, result.output
+        assert "sparse / dense int8: 2.00" in result.output and result.output.count("none in time") == 2
+    assert asked == [(pytest.approx(0.5, abs=0.01), 12, 7.0), (pytest.approx(0, abs=0.02), 12, 7.0)]
+    assert "no target 'tpu'; fix: --target cpu" in run("bench", out, "--target", "tpu").output
+
+
 def test_one_command_distilled(bert_folder, tmp_path) -> None:
     (tmp_path / "text").write_text(TEXT)
     out = tmp_path / "out"

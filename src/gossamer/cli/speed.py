@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -79,8 +80,9 @@ def _serving(folder: str, tokens: int, limit: float | None, target: str) -> None
 
     if target != "cpu":
         raise ValueError(f"there is no target '{target}'; fix: --target cpu")
-    with console.status("") as status:
-        found = tune(folder, tokens, limit, progress=lambda what: status.update(what))
+    with TemporaryDirectory() as room, console.status("") as status:
+        encoder = _encoder(folder, Path(room) / "encoder")
+        found = tune(encoder, tokens, limit, progress=lambda what: status.update(what))
     table = columns("way", "instances x cores", "batch", "sentences/s", "p50 ms", "p99 ms")
     for way in WAYS:
         if best := found.best(way):
@@ -92,3 +94,16 @@ def _serving(folder: str, tokens: int, limit: float | None, target: str) -> None
     for way in WAYS[1:]:
         if ratio := found.ratio(way):
             console.print(f"sparse / {way}: {ratio:.2f}")
+
+
+def _encoder(folder: str, room: Path) -> Path:
+    """`folder` if an encoder lies in it; else what becomes of its model, dense or compressed, in `room`."""
+    from ..encoder import convert
+    from ..encoder.files import is_encoder
+    from ..hub.source import open_model
+
+    if is_encoder(folder):
+        return Path(folder)
+    live, tokenizer = open_model(folder)
+    convert(live, tokenizer).save(room)
+    return room
