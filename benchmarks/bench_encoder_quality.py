@@ -48,7 +48,6 @@ INT8 = "model.int8.xz"
 DTYPE = torch.bfloat16  # of autocast
 STAGES = {0.5: 0.12, 0.7: 0.38, 0.8: 0.5}  # sparsity: share of the time
 MINUTES = 20  # of one GPU that the distillation may take
-RISE = 0.35  # of a stage's steps, in which sparsity rises
 SPARE = 0.97  # of the time left is planned with: steps are not all alike
 
 
@@ -83,7 +82,7 @@ def learn(
     ends = np.cumsum([STAGES[s] for s in args.sparsities]) / sum(STAGES[s] for s in args.sparsities)
     for sparsity, end in zip(args.sparsities, ends, strict=True):
         steps = max(args.least, int(SPARE * (end * left - (time.perf_counter() - after)) / rate))
-        rise = max(5, int(RISE * steps))
+        rise = max(5, int(args.rise * steps))
         schedule = Cubic(sparsity, 5, rise, max(1, rise // args.rises), before)
         pruner = BlockPruner(distiller.student, schedule)
         print(f"{sparsity}: {steps} steps, {rate * 1e3:.1f} ms each, masks until {rise}", flush=True)
@@ -268,6 +267,7 @@ def main() -> None:
             sub.add_argument("--seconds", type=float, default=200, help="of training")
             sub.add_argument("--start", type=Path, help="a file of an earlier run to go on from")
             sub.add_argument("--lr", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="tried for a moment")
+            sub.add_argument("--rise", type=float, default=0.3, help="share of a stage in which sparsity rises")
             sub.add_argument("--rises", type=int, default=8, help="choices of masks per stage")
             sub.add_argument("--weights", type=float, nargs=3, default=[1, 1, 1], help="hidden, embedding, similarity")
             sub.add_argument("--noise", type=float, default=0.2, help="share of spans with other words in them")
