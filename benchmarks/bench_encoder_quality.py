@@ -3,6 +3,7 @@
     python benchmarks/encoder_text.py MODEL DATA CARRY --wordnet ...   # text to learn from, and collections
     python benchmarks/bench_encoder_quality.py pack MODEL DATA CARRY  # the model in float16
     python benchmarks/bench_encoder_quality.py run CARRY OUT --device cuda --seconds 200
+    python benchmarks/bench_encoder_quality.py evaluate CARRY OUT --variants native --dense benchmarks/results/quality.jsonl
 
 Every linear layer of the six blocks is pruned in 4x1 blocks, each to the same sparsity; embeddings are neither pruned
 nor trained. Distillation goes on from one sparsity to the next. Appends to OUT/quality.jsonl (bench `quality`) and
@@ -196,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
     learn(distiller, spans, args, done)
     print(f"trained {time.perf_counter() - began:.1f} s", flush=True)
     if args.collections:
-        judge_all(args, teacher, spans, stages)
+        judge_all(args, teacher, spans_of(args.carry, args.tokens, args.device), stages)
 
 
 def judge_all(args: argparse.Namespace, teacher: nn.Module, spans: Spans, stages: Mapping[float, Path]) -> None:
