@@ -3,7 +3,7 @@
     python benchmarks/encoder_text.py MODEL DATA CARRY --wordnet ...   # text to learn from, and collections
     python benchmarks/bench_encoder_quality.py pack MODEL DATA CARRY  # the model in float16
     python benchmarks/bench_encoder_quality.py run CARRY OUT --device cuda --seconds 200
-    python benchmarks/bench_encoder_quality.py evaluate CARRY OUT --variants native --dense benchmarks/results/quality.jsonl
+    python benchmarks/bench_encoder_quality.py evaluate CARRY OUT --variants native --dense RESULTS
 
 Every linear layer of the six blocks is pruned in 4x1 blocks, each to the same sparsity; embeddings are neither pruned
 nor trained. Distillation goes on from one sparsity to the next. Appends to OUT/quality.jsonl (bench `quality`) and
