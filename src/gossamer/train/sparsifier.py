@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..patterns import is_24
 from .choose import Filter, chosen
 from .measures import flips, three_zeros, virtual_mask
-from .method import Method
+from .method import Method, State
 from .products import Products
 from .schedule import Schedule, schedule
 from .sharding import finite, local, summed
@@ -56,6 +56,7 @@ class Sparsifier:
         self.layers, self.method, self.schedule, self.every = layers, method, plan, every
         self.step = 0
         self.pattern: Callable[[Tensor], Tensor] = virtual_mask  # whose flips are measured
+        self._dying: Callable[..., Tensor] = _dying
         self._before: list[Tensor] | None = None  # masks of the step before a measure
         self._measured: dict[str, Any] = {}
         self._hooks: list[Any] = []
@@ -79,6 +80,12 @@ class Sparsifier:
         ]
         return self
 
+    def compile(self) -> Sparsifier:
+        """Let torch.compile fuse what happens to the weights between steps: a pass for each, not dozens."""
+        self.pattern = torch.compile(self.pattern, dynamic=False)
+        self._dying = torch.compile(_dying, dynamic=False)
+        return self
+
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """The method's decay; `optimizer` gives the learning rates that decay on weights is multiplied with."""
@@ -86,12 +93,13 @@ class Sparsifier:
             return
         rates = _learning_rates(optimizer, self.method)
         for layer in self._unique():
-            weight, dying = local(layer.weight), ~layer.survivors()
+            weight = local(layer.weight)
+            dying = self._dying(weight, self.method, layer.local_state())
             if self.method.decay_on == "weights":
-                weight.sub_(weight * dying, alpha=_rate(rates, layer) * self.method.decay)
+                weight.sub_(dying * (_rate(rates, layer) * self.method.decay))  # a rate may be a tensor
             elif layer.weight.grad is not None:
                 grad = local(layer.weight.grad)
-                grad.add_((weight * dying).to(grad.dtype), alpha=self.method.decay)
+                grad.add_(dying.to(grad.dtype), alpha=self.method.decay)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -240,6 +248,11 @@ class Sparsifier:
         for layer in self.layers:
             restore(layer)
         self.layers, self._hooks = [], []
+
+
+def _dying(weight: Tensor, method: Method, state: State) -> Tensor:
+    """The weights that the mask hides, zeros for the others."""
+    return weight * ~method.mask(weight, state)
 
 
 def _settle(layer: Sparse24Linear) -> None:
