@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..patterns import mvue24
+from .mvue import estimate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Products:
     def sampled(dz: Tensor) -> Tensor:
         """An unbiased estimate of dz^T [N, T], 2:4 along T; a last short group is padded with zeros."""
         tokens = dz.shape[0]
-        return mvue24(F.pad(dz, (0, 0, 0, -tokens % 4)).mT)[:, :tokens]
+        groups = F.pad(dz, (0, 0, 0, -tokens % 4)).unflatten(0, (-1, 4))
+        uniforms = torch.rand(2, groups.shape[0], groups.shape[2], device=dz.device)
+        return estimate(groups, uniforms).flatten(0, 1)[:tokens].mT
 
     @property
     def plain(self) -> bool:

@@ -82,7 +82,8 @@ class Sparsifier:
 
     def compile(self) -> Sparsifier:
         """Let torch.compile fuse what happens to the weights between steps: a pass for each, not dozens."""
-        self.pattern = torch.compile(self.pattern, dynamic=False)
+        if self.pattern is virtual_mask:
+            self.pattern = torch.compile(virtual_mask, dynamic=False)
         self._dying = torch.compile(_dying, dynamic=False)
         return self
 
