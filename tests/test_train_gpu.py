@@ -81,6 +81,20 @@ def test_a_captured_step_follows_the_weights_and_new_masks():
     torch.testing.assert_close(y, net(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_estimate_of_one_pass_is_unbiased_and_varies_as_the_oracle_does(dtype):
+    dz = torch.randn(150, 70, device="cuda").to(dtype)  # a last short group, sizes that cut blocks
+    dz[torch.rand(150, 70, device="cuda") < 0.3] = 0
+    dz[4:8] = 0
+    drawn = torch.stack([Products.sampled(dz) for _ in range(400)]).float()
+    padded = nn.functional.pad(dz.float(), (0, 0, 0, 2)).mT
+    oracle = torch.stack([patterns.mvue24(padded)[:, :150] for _ in range(400)])
+    assert all(patterns.is_24(nn.functional.pad(e, (0, 2))) for e in drawn[:20])
+    assert float((drawn.mean(0) * dz.mT).sum() / (dz * dz).sum()) == pytest.approx(1, abs=0.02)
+    assert float((drawn.mean(0) - dz.mT).norm() / (oracle.mean(0) - dz.mT).norm()) == pytest.approx(1, abs=0.1)
+    assert float(drawn.var(0).sum() / oracle.var(0).sum()) == pytest.approx(1, abs=0.05)
+
+
 def test_mvue_draws_anew_in_every_replay():
     dz = torch.randn(64, 32, device="cuda")
     Products.sampled(dz)

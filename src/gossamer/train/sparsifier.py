@@ -26,7 +26,7 @@ def sparsify(
     steps: int | None = None,
     filter: Filter | None = None,
     dense_start: float = 0.0,
-    products: Products | None = None,
+    products: Products | Literal["sparse"] | None = None,
     every: int = 100,
 ) -> Sparsifier:
     """Make the linear layers that `filter` names train 2:4, in place; all others stay as they are.
@@ -34,14 +34,16 @@ def sparsify(
     Call it when the weights have their first values, the same on every rank (one seed, or loaded), before or after
     `fully_shard`, and before torch.compile. `steps`: the optimizer steps of the whole run, which a dense start or tail
     needs. `filter`: a pattern like "*.mlp.*", several, a function of (name, module), or None for the linear layers of
-    feed-forward blocks. `products` computes the GEMMs in place of the method's dense ones. Measures are taken every
-    `every` steps. ValueError names a layer that does not fit.
+    feed-forward blocks. `products` computes the GEMMs in place of the method's dense ones; "sparse": on sparse tensor
+    cores, each where it was measured faster, not under torch.compile(fullgraph=True). Measures are taken every `every`
+    steps. ValueError names a layer that does not fit.
     """
     if every < 1:
         raise ValueError(f"every={every}; fix: 1 or more steps between measures")
     plan = schedule(method, steps, dense_start)
     found = chosen(model, filter, method)
-    held = [swap(layer, name, method, products or method.products()) for name, layer in found]
+    chosen_products = _sparse(method) if products == "sparse" else products or method.products()
+    held = [swap(layer, name, method, chosen_products) for name, layer in found]
     return Sparsifier(held, method, plan, every)
 
 
@@ -249,6 +251,15 @@ class Sparsifier:
         for layer in self.layers:
             restore(layer)
         self.layers, self._hooks = [], []
+
+
+def _sparse(method: Method) -> Products:
+    from .sparse_products import SparseProducts  # brings cuSPARSELt's bindings
+
+    dense = method.products()
+    if type(dense) is not Products:
+        raise ValueError(f"{method} multiplies as {type(dense).__name__} does; fix: products=None, or fp8=False")
+    return SparseProducts(mvue=dense.mvue, tiles=method.tiles)
 
 
 def _dying(weight: Tensor, method: Method, state: State) -> Tensor:
