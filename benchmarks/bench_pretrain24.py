@@ -1,7 +1,7 @@
 """2:4 pre-training of a Llama over bytes against dense: loss, flip rate, step time.
 
-    python benchmarks/bench_pretrain24.py probe TEXTS --method fst          # a decay for `learn --decay`
-    python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seeds 0 1 2 --decay fst=6e-5
+    python benchmarks/bench_pretrain24.py probe TEXTS OUTCOMES --method fst   # a decay for `learn --decay`
+    python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seeds 0 1 2 --probe fst sr_ste
     python benchmarks/bench_pretrain24.py speed TEXTS OUTCOMES              # seconds a step, each method alone
     python benchmarks/bench_pretrain24.py collect OUTCOMES...               # lines, summaries, chart
     python benchmarks/bench_pretrain24.py scale TEXTS OUTCOMES --ranks 1 2  # on one host of several GPUs
@@ -24,9 +24,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,17 @@ def learn(given: argparse.Namespace) -> None:
     shutil.rmtree(jobs, ignore_errors=True)
     jobs.mkdir(parents=True)
     given.until = time.time() + given.seconds
-    many = len(given.seeds) * len(given.methods)
     for worker in [_worker(given, gpu) for gpu in _gpus()]:
         worker.wait()
-    missing = many - len(list(jobs.glob("*.done")))
+    missing = [name for name, _ in _jobs(given) if not (jobs / f"{name}.done").exists()]
     if missing:
-        raise SystemExit(f"{missing} of {many} runs did not end; fix: see above, or give more --seconds")
+        raise SystemExit(f"{', '.join(missing)} did not end; fix: see above, or give more --seconds")
+
+
+def _jobs(given: argparse.Namespace) -> list[tuple[str, Callable[[Tensor, Tensor], dict[str, Any]]]]:
+    """What there is to do, in order: the decays, then the runs seed by seed; each of the texts, to an outcome."""
+    probes = [(f"probe.{m}", partial(_probed, given, m)) for m in given.probe]
+    return probes + [(f"{s}.{m}", partial(_run, given, m, s)) for s in given.seeds for m in given.methods]
 
 
 def _gpus() -> list[str]:
@@ -74,10 +80,10 @@ def _gpus() -> list[str]:
 def _worker(given: argparse.Namespace, gpu: str) -> subprocess.Popen:
     """`python this work ...` on one GPU; a run that kills its process costs that run alone."""
     options = {"until": given.until, "model": given.model, "batch": given.batch, "warmup": given.warmup}
-    options |= {"tokens": given.tokens, "every": given.every}
+    options |= {"tokens": given.tokens, "every": given.every, "probe-steps": given.probe_steps}
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    for name, values in (("seeds", given.seeds), ("methods", given.methods)):
-        more += [f"--{name}", *map(str, values)]
+    for name in ("seeds", "methods", "probe"):
+        more += [f"--{name}", *map(str, values)] if (values := getattr(given, name)) else []
     more += ["--decay", *(f"{m}={d}" for m, d in given.decays)] if given.decays else []
     more += ["--no-compile"] if given.no_compile else []
     command = [sys.executable, __file__, "work", str(given.texts), str(given.outcomes), *more]
@@ -87,48 +93,61 @@ def _worker(given: argparse.Namespace, gpu: str) -> subprocess.Popen:
 
 
 def work(given: argparse.Namespace) -> None:
-    """The runs that nobody has begun, one after the other, while the time suffices for one more."""
+    """What nobody has begun, one job after the other, while the time suffices for one more."""
     torch._dynamo.config.recompile_limit = 64  # methods x phases share the code of a block
     train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
     jobs, longest = given.outcomes.with_suffix(".jobs"), 0.0
-    for seed, method in ((s, m) for s in given.seeds for m in given.methods):
+    for name, job in _jobs(given):
         if time.time() + longest > given.until:
             return
         try:
-            (jobs / f"{seed}.{method}").open("x").close()
+            (jobs / name).open("x").close()
         except FileExistsError:
             continue
         begin = time.time()
-        decay = dict(given.decays).get(method)
-        run = Run(method, decay, given.model, 1, given.batch, 1, 1e-3, given.warmup, seed, given.every)
-        steps = -(-given.tokens * _parameters(given.model) // run.tokens)
-        outcome = _outcome(
-            replace(run, steps=int(steps), warmup=min(given.warmup, int(steps) // 4)), train, valid, given
-        )
+        outcome = job(train, valid)
         with _locked(given.outcomes.with_suffix(".lock")):
             append(given.outcomes, outcome)
-        (jobs / f"{seed}.{method}.done").touch()
+        (jobs / f"{name}.done").write_text(json.dumps(outcome.get("decay")))
+        gc.collect()  # a captured step and its run hold each other
         longest = max(longest, time.time() - begin)
-        print(f"seed {seed} {method}: {outcome['finished_loss']:.4f}, {time.time() - begin:.1f} s", flush=True)
+        print(f"{name}: {outcome.get('finished_loss', outcome.get('tried'))}, {time.time() - begin:.1f} s", flush=True)
 
 
-def _outcome(run: Run, train: Tensor, valid: Tensor, given: argparse.Namespace) -> dict[str, Any]:
-    """One run from its first weights to its last; what it needs of the GPU is free again afterwards."""
-    training, lines = Training(run, train, compile=not given.no_compile), []
-    begin = time.perf_counter()
-    training.train(lines.append)
-    found = {"train_seconds": time.perf_counter() - begin, "valid_loss": training.evaluate(valid)}
+def _decay(given: argparse.Namespace, method: str) -> float | None:
+    """What --decay says, or what the probe finds, which may still be at work; None: the method's own."""
+    found, probe = dict(given.decays).get(method), given.outcomes.with_suffix(".jobs") / f"probe.{method}"
+    if found is not None or not probe.exists():
+        return found
+    done, patience = probe.with_suffix(f".{method}.done"), probe.stat().st_mtime + 120
+    while not done.exists() and time.time() < patience:
+        time.sleep(0.1)
+    return json.loads(done.read_text()) if done.exists() else None
+
+
+def _run(given: argparse.Namespace, method: str, seed: int, train: Tensor, valid: Tensor) -> dict[str, Any]:
+    """One run from its first weights to its last."""
+    run = Run(method, _decay(given, method), given.model, 1, given.batch, 1, 1e-3, given.warmup, seed, given.every)
+    steps = int(-(-given.tokens * _parameters(given.model) // run.tokens))
+    run = replace(run, steps=steps, warmup=min(given.warmup, steps // 4))
+    training, lines, clock = Training(run, train, compile=not given.no_compile), [], [time.perf_counter()]
+
+    def log(line: dict[str, Any]) -> None:
+        lines.append(line)
+        clock.append(time.perf_counter())
+
+    training.train(log)
+    found = {"train_seconds": time.perf_counter() - clock[0], "valid_loss": training.evaluate(valid)}
     if ends_dense(training.sparse):
         found["one_shot_loss"] = training.one_shot(valid)
     training.finish()
     found["finished_loss"] = training.evaluate(valid)
+    # Dense tails apart, and another program may have had the GPU for a while: the fastest stretch between two lines.
+    spans = [b - a for a, b, line in zip(clock, clock[1:], lines, strict=False) if line["step"] < 0.8 * steps]
+    found |= {"step_seconds": [min(spans) / run.every] if spans else [], "graphs": training.captured is not None}
     found |= {"train_bytes": len(train), "valid_bytes": len(valid), "parameters": _parameters(run.model)}
-    about = environment(training.device.type)
-    del training
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return vars(run) | {"tokens": run.tokens} | found | {"curve": lines, "environment": about}
+    about = {"tokens": run.tokens, "curve": lines, "environment": environment(training.device.type)}
+    return vars(run) | found | about
 
 
 def speed(given: argparse.Namespace) -> None:
@@ -207,8 +226,13 @@ def collect(given: argparse.Namespace) -> None:
 
 def probe(given: argparse.Namespace) -> None:
     """suggest_decay() on the warm-up of the run that `learn` would do."""
-    train = text.find(given.texts, "train")
-    run = Run(given.method, None, given.model, given.steps, given.batch, warmup=given.warmup, seed=given.seed)
+    line = _probed(given, given.method, text.find(given.texts, "train"))
+    append(given.outcomes, line)
+    print(f"decay {line['decay']:.3g}: mu {line['mu']:.3f}", line["tried"])
+
+
+def _probed(given: argparse.Namespace, method: str, train: Tensor, _: Tensor | None = None) -> dict[str, Any]:
+    run = Run(method, None, given.model, given.probe_steps, given.batch, warmup=given.warmup)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def built() -> Llama:
@@ -220,13 +244,13 @@ def probe(given: argparse.Namespace) -> None:
         for _ in range(steps):
             training.take_step()
 
-    bounds = {"bounds": given.bounds, "tries": given.tries}
-    found = suggest_decay(built, warm_up, method=METHODS[run.method](), steps=run.steps, filter="*.mlp.*", **bounds)
-    case = {"model": run.model, "method": run.method, "steps": run.steps, "batch": run.batch, "seed": run.seed}
-    line = {"bench": "pretrain24", "case": case | {"variant": "probe"}, "decay": found.decay, "mu": found.mu}
+    found = suggest_decay(
+        built, warm_up, method=METHODS[method](), steps=run.steps, filter="*.mlp.*", bounds=(1e-6, 1e-2), tries=6
+    )
+    case = {"model": run.model, "method": method, "steps": run.steps, "batch": run.batch, "variant": "probe"}
     tried = {f"{decay:.3g}": mu for decay, mu in found.tried.items()}
-    append(given.outcomes, line | {"feasible": found.feasible, "tried": tried, **environment(device.type)})
-    print(f"decay {found.decay:.3g}: mu {found.mu:.3f}", tried)
+    found = {"decay": found.decay, "mu": found.mu, "feasible": found.feasible, "tried": tried}
+    return {"bench": "pretrain24", "case": case, **found, **environment(device.type)}
 
 
 def scale(given: argparse.Namespace) -> None:
@@ -277,21 +301,20 @@ def main() -> None:
         made[name].add_argument("--method", default="fst" if name == "probe" else "s_ste")
     for name in ("learn", "work", "probe"):
         made[name].add_argument("--warmup", type=int, default=100)
+        made[name].add_argument("--probe-steps", type=int, default=120, help="of each try")
     for name in ("learn", "work", "speed"):
         made[name].add_argument("--methods", nargs="+", default=list(DEFAULT))
     for name in ("learn", "work"):
         made[name].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        made[name].add_argument("--probe", nargs="*", default=[], help="methods whose decay is probed for first")
         made[name].add_argument("--decay", type=_pair, nargs="+", default=[], dest="decays", help="METHOD=DECAY")
         made[name].add_argument("--tokens", type=float, default=TOKENS_A_PARAMETER, help="a parameter")
         made[name].add_argument("--every", type=int, default=50, help="steps between measures")
-    for name, steps in (("probe", 150), ("scale", 60), ("rank", 60)):
-        made[name].add_argument("--steps", type=int, default=steps)
+    for name in ("scale", "rank"):
+        made[name].add_argument("--steps", type=int, default=60)
     made["rank"].add_argument("method")
     made["rank"].add_argument("--wrap", choices=["ddp", "fsdp"], default="ddp")
     made["scale"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    made["probe"].add_argument("--seed", type=int, default=0)
-    made["probe"].add_argument("--bounds", type=float, nargs=2, default=(1e-6, 1e-2))
-    made["probe"].add_argument("--tries", type=int, default=6)
     made["speed"].add_argument("--repeats", type=int, default=3)
     made["speed"].add_argument("--no-graphs", action="store_true", help="launch every kernel from Python")
     made["speed"].add_argument("--profile", action="store_true", help="write what the GPU did beside the outcomes")

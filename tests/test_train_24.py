@@ -10,6 +10,7 @@ from torch import nn
 from gossamer import patterns, train
 from gossamer.train import FST, SRSTE, SSTE, STE, Dense, Fp8Products, Products, Sparse24Linear, sparsify
 from gossamer.train.measures import flip_rate, mu, three_zeros
+from gossamer.train.sparse_products import SparseProducts
 
 METHODS = [STE(), SRSTE(), SRSTE(decay_on="weights"), FST(mvue=False, dense_tail=0), SSTE(), SSTE(beta="dynamic")]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.decay_on}")
@@ -333,6 +334,21 @@ def test_other_products_can_be_plugged_in():
     assert Counting.calls.count("grad_weight") == 4
     for a, b in zip(plain.parameters(), plugged.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_sparse_products_are_a_word_and_follow_the_method():
+    x, nets = torch.randn(3, 16), [model(), model()]
+    sparsify(nets[0], SSTE())
+    made = sparsify(nets[1], SSTE(), products="sparse").layers[0].products
+    assert isinstance(made, SparseProducts) and not made.tiles and not made.mvue
+    for net in nets:
+        net(x).square().sum().backward()
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    made = sparsify(model(), FST(dense_tail=0), products="sparse").layers[0].products
+    assert isinstance(made, SparseProducts) and made.tiles and made.mvue
+    with pytest.raises(ValueError, match="multiplies as Fp8Products does; fix"):
+        sparsify(model(), SSTE(fp8=True), products="sparse")
 
 
 @pytest.mark.parametrize("method", [SRSTE(), FST(refresh=4, mvue=False)], ids=lambda m: m.name)
