@@ -24,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -65,7 +65,7 @@ def learn(given: argparse.Namespace) -> None:
         raise SystemExit(f"{', '.join(missing)} did not end; fix: see above, or give more --seconds")
 
 
-def _jobs(given: argparse.Namespace) -> list[tuple[str, Callable[[Tensor, Tensor], dict[str, Any]]]]:
+def _jobs(given: argparse.Namespace) -> Sequence[tuple[str, Callable[[Tensor, Tensor], dict[str, Any]]]]:
     """What there is to do, in order: the decays, then the runs seed by seed; each of the texts, to an outcome."""
     probes = [(f"probe.{m}", partial(_probed, given, m)) for m in given.probe]
     return probes + [(f"{s}.{m}", partial(_run, given, m, s)) for s in given.seeds for m in given.methods]
