@@ -4,7 +4,7 @@
     python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seeds 0 1 2 --probe fst sr_ste
     python benchmarks/bench_pretrain24.py speed TEXTS OUTCOMES              # seconds a step, each method alone
     python benchmarks/bench_pretrain24.py collect OUTCOMES...               # lines, summaries, chart
-    python benchmarks/bench_pretrain24.py scale TEXTS OUTCOMES --ranks 1 2  # on one host of several GPUs
+    python benchmarks/bench_pretrain24.py scale TEXTS OUTCOMES --ranks 2    # on one host of several GPUs
 
 `learn` runs every method on every seed, seed by seed, one run after the other on each GPU there is: the same bytes in
 the same order for all methods of a seed, as many as the bar asks for. `collect` adds one line for each run and the
@@ -254,31 +254,48 @@ def _probed(given: argparse.Namespace, method: str, train: Tensor, _: Tensor | N
 
 
 def scale(given: argparse.Namespace) -> None:
-    """Tokens a second and the loss after the same steps, on one rank and on several."""
-    ways = [(1, "ddp"), *((ranks, wrap) for ranks in given.ranks if ranks > 1 for wrap in ("ddp", "fsdp"))]
-    for ranks, wrap in ways:
+    """Tokens a second and the loss after the same steps, on one GPU and on several."""
+    for ranks in given.ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [__file__, "rank", str(given.texts), str(given.outcomes), given.method, "--wrap", wrap]
+        command += [__file__, "rank", str(given.texts), str(given.outcomes), given.method]
         command += ["--model", given.model, "--batch", str(given.batch), "--steps", str(given.steps)]
         subprocess.run(command + (["--no-compile"] if given.no_compile else []), check=True)
 
 
 def rank(given: argparse.Namespace) -> None:
-    """One rank of a scaling run: the first quarter of the steps warms up."""
-    mine, ranks = join()
-    run = Run(given.method, None, given.model, given.steps, given.batch, warmup=given.steps // 4, seed=0)
-    training = Training(
-        run, text.find(given.texts, "train"), wrap=given.wrap, compile=not given.no_compile, graphs=False
-    )
-    _seconds(training, run.steps // 4)
-    seconds = _seconds(training, run.steps - run.steps // 4)
-    loss = training.evaluate(text.find(given.texts, "valid"), most=4 * run.batch)
-    if mine == 0:
-        case = {"model": run.model, "method": run.method, "ranks": ranks, "wrap": given.wrap}
-        found = {"tokens_a_second": run.tokens / run.steps / seconds, "loss": loss, "steps": run.steps}
-        append(given.outcomes, case | found | {"environment": environment(training.device.type)})
+    """One rank: alone, before it joins the others, then with them. The second one alone takes its batch in two parts:
+    what another order of sums does to the loss.
+    """
+    train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
+    mine = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(mine)
+    if mine < 2:
+        _scaled(given, train, valid, ("alone", "in two parts")[mine], mine + 1)
+    _, ranks = join()
+    for wrap in ("ddp", "fsdp"):
+        dist.barrier()
+        _scaled(given, train, valid, wrap, 1, ranks, mine == 0)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _scaled(
+    given: argparse.Namespace, train: Tensor, valid: Tensor, wrap: str, micro: int, ranks: int = 1, first: bool = True
+) -> None:
+    """The first quarter of the steps warms up and is not timed."""
+    run = Run(given.method, None, given.model, given.steps, given.batch, micro, warmup=given.steps // 4)
+    training = Training(run, train, wrap=wrap, compile=not given.no_compile, graphs=False)
+    _seconds(training, run.steps // 4)
+    seconds = _seconds(training, run.steps - run.steps // 4)
+    loss = training.evaluate(valid, most=4 * run.batch)
+    if first:
+        case = {"model": run.model, "method": run.method, "ranks": ranks, "wrap": wrap}
+        found = {"tokens_a_second": run.tokens / run.steps / seconds, "loss": loss, "steps": run.steps}
+        with _locked(given.outcomes.with_suffix(".lock")):
+            append(given.outcomes, case | found | {"environment": environment(training.device.type)})
+    del training
+    gc.collect()
 
 
 def _pair(given: str) -> tuple[str, float]:
@@ -313,8 +330,7 @@ def main() -> None:
     for name in ("scale", "rank"):
         made[name].add_argument("--steps", type=int, default=60)
     made["rank"].add_argument("method")
-    made["rank"].add_argument("--wrap", choices=["ddp", "fsdp"], default="ddp")
-    made["scale"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    made["scale"].add_argument("--ranks", type=int, nargs="+", default=[2])
     made["speed"].add_argument("--repeats", type=int, default=3)
     made["speed"].add_argument("--no-graphs", action="store_true", help="launch every kernel from Python")
     made["speed"].add_argument("--profile", action="store_true", help="write what the GPU did beside the outcomes")

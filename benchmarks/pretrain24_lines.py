@@ -136,22 +136,16 @@ def _summary(name: str, case: dict, values: list[float], runs: list[dict]) -> di
 
 
 def scaling(found: list[dict]) -> Iterator[dict]:
-    """Efficiency: tokens a second over those of one rank, a rank. Loss: the difference from one rank's."""
-    for run in [f for f in found if f["ranks"] > 1]:
-        one = next(f for f in found if f["ranks"] == 1 and (f["model"], f["method"]) == (run["model"], run["method"]))
+    """Efficiency: tokens a second over those of one GPU, a rank. Loss: the difference from one GPU's."""
+    for run in [f for f in found if f["wrap"] != "alone"]:
+        same = ("model", "method", "steps")
+        one = next(f for f in found if f["wrap"] == "alone" and all(f[key] == run[key] for key in same))
         case = {key: run[key] for key in ("model", "method", "ranks", "wrap", "steps")}
-        efficiency = run["tokens_a_second"] / one["tokens_a_second"] / run["ranks"]
-        values = {"scaling_efficiency": (efficiency, ">=", "ratio")}
-        values["loss_difference"] = (abs(run["loss"] - one["loss"]), "<=", "nats/byte")
-        for name, (value, sense, unit) in values.items():
-            summary = {
-                "summary": name,
-                "case": case,
-                "value": value,
-                "sense": sense,
-                "must": None,
-                "unit": unit,
-                "n": 1,
-            }
-            about = {key: run["environment"][key] for key in ("machine", "commit", "date")}
-            yield {"bench": "pretrain24", **summary, "tokens_a_second": run["tokens_a_second"], **about}
+        about = {key: run["environment"][key] for key in ("machine", "commit", "date")}
+        about = {"must": None, "n": 1, "loss": run["loss"], "tokens_a_second": run["tokens_a_second"], **about}
+        gone = {"value": abs(run["loss"] - one["loss"]), "sense": "<=", "unit": "nats/byte"}
+        yield {"bench": "pretrain24", "summary": "loss_difference", "case": case, **gone, **about}
+        if run["ranks"] > 1:
+            value = run["tokens_a_second"] / one["tokens_a_second"] / run["ranks"]
+            gained = {"value": value, "sense": ">=", "unit": "ratio"}
+            yield {"bench": "pretrain24", "summary": "scaling_efficiency", "case": case, **gained, **about}

@@ -107,7 +107,7 @@ class Training:
         if compile:
             self.sparse.compile()
             for block in self.net.blocks:
-                block.compile(fullgraph=True)
+                block.compile(fullgraph=True, dynamic=False)
         capture = cuda and compile and graphs and self.ranks == 1
         self.model = self._wrapped(wrap)
         matrices = [p for p in self.net.parameters() if p.ndim == 2]
@@ -289,7 +289,10 @@ def join() -> tuple[int, int]:
     """This rank and their number, under torchrun or alone."""
     if "RANK" not in os.environ:
         return 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     return dist.get_rank(), dist.get_world_size()
