@@ -4,6 +4,7 @@
     python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seeds 0 1 2 --probe fst sr_ste
     python benchmarks/bench_pretrain24.py speed TEXTS OUTCOMES              # seconds a step, each method alone
     python benchmarks/bench_pretrain24.py collect OUTCOMES...               # lines, summaries, chart
+    python benchmarks/bench_pretrain24.py larger METHOD.jsonl... --planned 1000 --environment FILE --chart FILE
     python benchmarks/bench_pretrain24.py scale TEXTS OUTCOMES --ranks 2    # on one host of several GPUs
 
 `learn` runs every method on every seed, seed by seed, one run after the other on each GPU there is: the same bytes in
@@ -224,6 +225,21 @@ def collect(given: argparse.Namespace) -> None:
         chart.draw(first, given.chart or given.outcomes[0].with_suffix(".svg"))
 
 
+def larger(given: argparse.Namespace) -> None:
+    """Curves and last losses of runs of examples/pretrain_24.py, ended or not, their logs named METHOD.jsonl."""
+    about, curves = json.loads(given.environment.read_text()), {}
+    for log in given.logs:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        curve, end = [x for x in lines if "loss" in x], lines[-1]
+        case = {"model": given.model, "method": log.stem, "seed": 0}
+        append(CURVES, case | {"tokens": end["tokens"], "steps_planned": given.planned, "curve": curve})
+        ends = {"step": end["step"], "steps_planned": given.planned, "tokens": end["tokens"]}
+        line = {"bench": "pretrain24", "case": case | {"variant": "larger"}, "ours": end["valid_loss"], "about": ends}
+        append(LINES, line | {"unit": "nats/byte", **about})
+        curves[log.stem] = curve
+    chart.draw(curves, given.chart)
+
+
 def probe(given: argparse.Namespace) -> None:
     """suggest_decay() on the warm-up of the run that `learn` would do."""
     line = _probed(given, given.method, text.find(given.texts, "train"))
@@ -306,7 +322,7 @@ def _pair(given: str) -> tuple[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    known = (learn, work, speed, collect, probe, scale, rank)
+    known = (learn, work, speed, collect, larger, probe, scale, rank)
     made = {f.__name__: verbs.add_parser(f.__name__, help=f.__doc__) for f in known}
     for name in ("learn", "work", "speed", "probe", "scale", "rank"):
         made[name].add_argument("texts", type=Path)
@@ -338,6 +354,11 @@ def main() -> None:
     made["work"].add_argument("--until", type=float, help="the same, as seconds since 1970")
     made["collect"].add_argument("outcomes", type=Path, nargs="+")
     made["collect"].add_argument("--chart", type=Path)
+    made["larger"].add_argument("logs", type=Path, nargs="+")
+    made["larger"].add_argument("--model", default="124m")
+    made["larger"].add_argument("--planned", type=int, required=True, help="steps")
+    made["larger"].add_argument("--environment", type=Path, required=True, help="JSON: machine, versions, commit, ...")
+    made["larger"].add_argument("--chart", type=Path, required=True)
     given = parser.parse_args()
     globals()[given.verb](given)
 
