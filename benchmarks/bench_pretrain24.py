@@ -16,7 +16,6 @@ summaries over the seeds. `scale` compares one GPU with several under DDP and FS
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gc
 import json
 import os
@@ -25,17 +24,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pretrain24_clock import locked, seconds
 from pretrain24_lines import TOKENS_A_PARAMETER, check_equal, dense_of, measured, scaling, speeds, summaries
 from results import append, environment
 
@@ -45,7 +43,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 from gossamer.train import Sparsifier, suggest_decay  # noqa: E402
 from pretrain import chart, text  # noqa: E402
 from pretrain.llama import SHAPES, Llama  # noqa: E402
-from pretrain.loop import METHODS, Run, Training, ends_dense, join  # noqa: E402
+from pretrain.loop import METHODS, Run, Training, ends_dense  # noqa: E402
+from pretrain24_scale import rank, scale  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LINES, CURVES = RESULTS / "pretrain24.jsonl", RESULTS / "pretrain24_curves.jsonl"
@@ -107,7 +106,7 @@ def work(given: argparse.Namespace) -> None:
             continue
         begin = time.time()
         outcome = job(train, valid)
-        with _locked(given.outcomes.with_suffix(".lock")):
+        with locked(given.outcomes.with_suffix(".lock")):
             append(given.outcomes, outcome)
         (jobs / f"{name}.done").write_text(json.dumps(outcome.get("decay")))
         gc.collect()  # a captured step and its run hold each other
@@ -158,9 +157,9 @@ def speed(given: argparse.Namespace) -> None:
         run = Run(method, None, given.model, 10 * TIMED, given.batch, warmup=TIMED, every=10**9)
         training = Training(run, train, compile=not given.no_compile, graphs=not given.no_graphs)
         begin = time.perf_counter()
-        _seconds(training, 4)
+        seconds(training, 4)
         ready = time.perf_counter() - begin
-        times = [_seconds(training, TIMED) for _ in range(given.repeats)]
+        times = [seconds(training, TIMED) for _ in range(given.repeats)]
         about = {"model": run.model, "method": method, "batch": run.batch, "graphs": training.captured is not None}
         about |= {"step_seconds": times, "ready_seconds": ready, "loss": float(training.take_step())}
         append(given.outcomes, about | {"environment": environment(training.device.type)})
@@ -175,35 +174,14 @@ def speed(given: argparse.Namespace) -> None:
 
 def _profile(training: Training, file: Path) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        _seconds(training, 3)
+        seconds(training, 3)
     table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
     file.write_text(table)
-
-
-def _seconds(training: Training, steps: int) -> float:
-    _synchronize(training)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        training.take_step()
-    _synchronize(training)
-    return (time.perf_counter() - begin) / steps
 
 
 def _parameters(model: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(SHAPES[model]).parameters())
-
-
-def _synchronize(training: Training) -> None:
-    if training.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def collect(given: argparse.Namespace) -> None:
@@ -267,51 +245,6 @@ def _probed(given: argparse.Namespace, method: str, train: Tensor, _: Tensor | N
     tried = {f"{decay:.3g}": mu for decay, mu in found.tried.items()}
     found = {"decay": found.decay, "mu": found.mu, "feasible": found.feasible, "tried": tried}
     return {"bench": "pretrain24", "case": case, **found, **environment(device.type)}
-
-
-def scale(given: argparse.Namespace) -> None:
-    """Tokens a second and the loss after the same steps, on one GPU and on several."""
-    for ranks in given.ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [__file__, "rank", str(given.texts), str(given.outcomes), given.method]
-        command += ["--model", given.model, "--batch", str(given.batch), "--steps", str(given.steps)]
-        subprocess.run(command + (["--no-compile"] if given.no_compile else []), check=True)
-
-
-def rank(given: argparse.Namespace) -> None:
-    """One rank: alone, before it joins the others, then with them. The second one alone takes its batch in two parts:
-    what another order of sums does to the loss.
-    """
-    train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
-    mine = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(mine)
-    if mine < 2:
-        _scaled(given, train, valid, ("alone", "in two parts")[mine], mine + 1)
-    _, ranks = join()
-    for wrap in ("ddp", "fsdp"):
-        dist.barrier()
-        _scaled(given, train, valid, wrap, 1, ranks, mine == 0)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _scaled(
-    given: argparse.Namespace, train: Tensor, valid: Tensor, wrap: str, micro: int, ranks: int = 1, first: bool = True
-) -> None:
-    """The first quarter of the steps warms up and is not timed."""
-    run = Run(given.method, None, given.model, given.steps, given.batch, micro, warmup=given.steps // 4)
-    training = Training(run, train, wrap=wrap, compile=not given.no_compile, graphs=False)
-    _seconds(training, run.steps // 4)
-    seconds = _seconds(training, run.steps - run.steps // 4)
-    loss = training.evaluate(valid, most=4 * run.batch)
-    if first:
-        case = {"model": run.model, "method": run.method, "ranks": ranks, "wrap": wrap}
-        found = {"tokens_a_second": run.tokens / run.steps / seconds, "loss": loss, "steps": run.steps}
-        with _locked(given.outcomes.with_suffix(".lock")):
-            append(given.outcomes, case | found | {"environment": environment(training.device.type)})
-    del training
-    gc.collect()
 
 
 def _pair(given: str) -> tuple[str, float]:

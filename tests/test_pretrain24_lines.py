@@ -62,6 +62,22 @@ def test_step_times_are_compared_at_their_best_captured_alone():
     assert line["value"] == 0.5 and line["range"] == [0.4, 0.75]
 
 
+def test_several_gpus_are_held_against_one_of_the_same_steps():
+    def scaled(wrap, ranks, speed, loss, steps=8):
+        case = {"model": "m", "method": "s_ste", "ranks": ranks, "wrap": wrap, "steps": steps}
+        return case | {"tokens_a_second": speed, "loss": loss, "environment": ABOUT}
+
+    found = [
+        scaled("alone", 1, 1.0, 9.0, steps=4),
+        scaled("in two parts", 1, 90.0, 2.01),
+        scaled("alone", 1, 100.0, 2.0),
+    ]
+    lines = list(LINES["scaling"]([*found, scaled("fsdp", 2, 150.0, 1.98)]))
+    named = {(line["summary"], line["case"]["wrap"]): line["value"] for line in lines}
+    expected = {("loss_difference", "in two parts"): 0.01, ("loss_difference", "fsdp"): 0.02}
+    assert named == pytest.approx(expected | {("scaling_efficiency", "fsdp"): 0.75})
+
+
 def test_runs_of_other_data_or_without_dense_are_refused():
     dense, ours = runs(1)
     with pytest.raises(SystemExit, match="saw other data; fix"):
