@@ -84,18 +84,3 @@ def test_runs_of_other_data_or_without_dense_are_refused():
         LINES["check_equal"](ours | {"steps": 99}, dense)
     with pytest.raises(SystemExit, match="has no dense run; fix"):
         LINES["dense_of"](ours | {"seed": 7}, [dense, ours])
-
-
-def test_scaling_is_measured_against_one_rank():
-    shared = {"model": "m", "method": "s_ste", "steps": 8, "environment": ABOUT}
-    one = shared | {"ranks": 1, "wrap": "ddp", "tokens_a_second": 100.0, "loss": 1.0}
-    two = shared | {"ranks": 2, "wrap": "fsdp", "tokens_a_second": 150.0, "loss": 0.75}
-    found = {line["summary"]: line for line in LINES["scaling"]([one, two])}
-    assert found["scaling_efficiency"]["value"] == 0.75 and found["loss_difference"]["value"] == 0.25
-    assert found["scaling_efficiency"]["case"] == {
-        "model": "m",
-        "method": "s_ste",
-        "ranks": 2,
-        "wrap": "fsdp",
-        "steps": 8,
-    }
