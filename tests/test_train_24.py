@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -349,6 +350,27 @@ def test_sparse_products_are_a_word_and_follow_the_method():
     assert isinstance(made, SparseProducts) and made.tiles and made.mvue
     with pytest.raises(ValueError, match="multiplies as Fp8Products does; fix"):
         sparsify(model(), SSTE(fp8=True), products="sparse")
+    with pytest.raises(ValueError, match="products='dense' is unknown; fix"):
+        sparsify(model(), SSTE(), products="dense")
+
+
+def test_compiled_decay_and_measures_are_the_same(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    found = []
+    for compiled in (False, True):
+        net = model()
+        sparse = sparsify(net, SRSTE(decay=0.1), every=2)
+        if compiled:
+            assert sparse.compile() is sparse
+        for _ in range(2):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            sparse.before_step()
+            net[0].mlp[0].weight.data.sub_(net[0].mlp[0].weight.grad, alpha=0.05)
+            sparse.after_step()
+        found.append((sparse.metrics(), net[0].mlp[0].weight.clone()))
+    assert found[0][0] == found[1][0] and found[0][0]["flip_rate"] > 0
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("method", [SRSTE(), FST(refresh=4, mvue=False)], ids=lambda m: m.name)

@@ -93,8 +93,8 @@ class Training:
         graphs: bool = True,
         made: tuple[Llama, Sparsifier] | None = None,
     ) -> None:
-        """`compile`: blocks, decay and measures are compiled and, on one GPU and with
-        `graphs`, whole steps captured.
+        """`compile`: blocks, decay, measures; on one GPU whole steps are then captured, too, unless `graphs` is False.
+
         `made`: a model that is there already, and its sparsifier, in place of those that `run` describes.
         """
         self.run, self.out, self.shape = run, out, SHAPES[run.model]

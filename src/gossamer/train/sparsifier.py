@@ -42,8 +42,8 @@ def sparsify(
         raise ValueError(f"every={every}; fix: 1 or more steps between measures")
     plan = schedule(method, steps, dense_start)
     found = chosen(model, filter, method)
-    chosen_products = _sparse(method) if products == "sparse" else products or method.products()
-    held = [swap(layer, name, method, chosen_products) for name, layer in found]
+    gemms = _sparse(method, products) if isinstance(products, str) else products or method.products()
+    held = [swap(layer, name, method, gemms) for name, layer in found]
     return Sparsifier(held, method, plan, every)
 
 
@@ -253,10 +253,12 @@ class Sparsifier:
         self.layers, self._hooks = [], []
 
 
-def _sparse(method: Method) -> Products:
+def _sparse(method: Method, word: str) -> Products:
     from .sparse_products import SparseProducts  # brings cuSPARSELt's bindings
 
     dense = method.products()
+    if word != "sparse":
+        raise ValueError(f"products={word!r} is unknown; fix: sparse, a Products, or None for dense ones")
     if type(dense) is not Products:
         raise ValueError(f"{method} multiplies as {type(dense).__name__} does; fix: products=None, or fp8=False")
     return SparseProducts(mvue=dense.mvue, tiles=method.tiles)
