@@ -1,36 +1,40 @@
 """2:4 pre-training of a Llama over bytes against dense: loss, flip rate, step time.
 
-    python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seed 0 --seconds 150   # on a GPU, one seed a call
-    python benchmarks/bench_pretrain24.py collect OUTCOMES...                           # lines, summaries, chart
-    python benchmarks/bench_pretrain24.py probe TEXTS --method fst                      # a decay for `learn --decay`
-    python benchmarks/bench_pretrain24.py scale TEXTS --ranks 1 2 4                     # on one host of several GPUs
+    python benchmarks/bench_pretrain24.py probe TEXTS OUTCOMES --method fst   # a decay for `learn --decay`
+    python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seeds 0 1 2 --probe fst sr_ste
+    python benchmarks/bench_pretrain24.py speed TEXTS OUTCOMES              # seconds a step, each method alone
+    python benchmarks/bench_pretrain24.py collect OUTCOMES...               # lines, summaries, chart
+    python benchmarks/bench_pretrain24.py larger METHOD.jsonl... --planned 1000 --environment FILE --chart FILE
+    python benchmarks/bench_pretrain24.py scale TEXTS OUTCOMES --ranks 2    # on one host of several GPUs
 
-`learn` trains all methods at once on one GPU, a process each, on the same bytes in the same order, for the same number
-of steps: as many as the time allows, the bar's 13 tokens a parameter at most. `collect` adds one line for each run
-and the summaries over the seeds. `scale` compares one GPU with several under DDP and FSDP2. TEXTS is a folder with
+`learn` runs every method on every seed, seed by seed, one run after the other on each GPU there is: the same bytes in
+the same order for all methods of a seed, as many as the bar asks for. `collect` adds one line for each run and the
+summaries over the seeds. `scale` compares one GPU with several under DDP and FSDP2. TEXTS is a folder with
 *.train.txt[.xz] and *.valid.txt[.xz]; test texts are not read.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
+import gc
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from pretrain24_lines import TOKENS_A_PARAMETER, check_equal, dense_of, measured, scaling, summaries
+from pretrain24_clock import locked, seconds
+from pretrain24_lines import TOKENS_A_PARAMETER, check_equal, dense_of, measured, scaling, speeds, summaries
 from results import append, environment
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +43,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 from gossamer.train import Sparsifier, suggest_decay  # noqa: E402
 from pretrain import chart, text  # noqa: E402
 from pretrain.llama import SHAPES, Llama  # noqa: E402
-from pretrain.loop import METHODS, Run, Training, ends_dense, join  # noqa: E402
+from pretrain.loop import METHODS, Run, Training, ends_dense  # noqa: E402
+from pretrain24_scale import rank, scale  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LINES, CURVES = RESULTS / "pretrain24.jsonl", RESULTS / "pretrain24_curves.jsonl"
@@ -47,140 +52,181 @@ DEFAULT = ("dense", "s_ste", "fst", "sr_ste", "ste")
 TIMED = 20  # steps that the speed is taken over
 
 
-class Meeting:
-    """Files by which processes wait for each other: a worker says, the parent hears all and answers."""
-
-    def __init__(self, outcomes: Path, seed: int) -> None:
-        self.folder = outcomes.with_suffix(f".seed{seed}")
-
-    def say(self, name: str, value: object) -> None:
-        part = self.folder / f"{name}.part"
-        part.write_text(json.dumps(value))
-        part.rename(self.folder / name)
-
-    def hear(self, name: str, speaker: subprocess.Popen | None = None) -> Any:
-        """None where the speaker died."""
-        while not (self.folder / name).exists():
-            if speaker is not None and speaker.poll():
-                return None
-            time.sleep(0.02)
-        return json.loads((self.folder / name).read_text())
-
-
 def learn(given: argparse.Namespace) -> None:
-    """A process for each method. They compile, are timed one by one and all at once, and are told how many steps."""
-    begin, meeting = time.monotonic(), Meeting(given.outcomes, given.seed)
-    shutil.rmtree(meeting.folder, ignore_errors=True)
-    meeting.folder.mkdir(parents=True)
-    workers = {method: _start(given, method) for method in given.methods}
-    try:
-        for stage in ("compiled", "alone", "together"):
-            told = {m: meeting.hear(f"{m}.{stage}", w) for m, w in workers.items()}
-            workers = {m: w for m, w in workers.items() if told[m] is not None}  # a method that fails is left out
-            if stage != "together":
-                meeting.say(f"after.{stage}", True)
-        slowest = max(t["seconds"] for t in told.values() if t)
-        left = given.seconds - (time.monotonic() - begin)
-        possible = int((left - given.reserve) / (1.05 * slowest))
-        wanted = next(t["wanted"] for t in told.values() if t)
-        steps = max(4 * TIMED, min(wanted, possible))
-        print(f"{steps} steps of {wanted} for the bar, {left:.0f} s left, {1e3 * slowest:.1f} ms a step", flush=True)
-        meeting.say("steps", steps)
-        for worker in workers.values():
-            worker.wait()
-    finally:
-        for worker in workers.values():
-            worker.kill()
+    """Every method on every seed; a worker for each GPU takes the next run when it has ended one."""
+    jobs = given.outcomes.with_suffix(".jobs")
+    shutil.rmtree(jobs, ignore_errors=True)
+    jobs.mkdir(parents=True)
+    given.until = time.time() + given.seconds
+    for worker in [_worker(given, gpu) for gpu in _gpus()]:
+        worker.wait()
+    missing = [name for name, _ in _jobs(given) if not (jobs / f"{name}.done").exists()]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)} did not end; fix: see above, or give more --seconds")
 
 
-def _start(given: argparse.Namespace, method: str) -> subprocess.Popen:
-    options = {"seed": given.seed, "model": given.model, "batch": given.batch, "warmup": given.warmup}
-    options |= {"decay": decay} if (decay := dict(given.decays).get(method)) else {}
+def _jobs(given: argparse.Namespace) -> Sequence[tuple[str, Callable[[Tensor, Tensor], dict[str, Any]]]]:
+    """What there is to do, in order: the decays, then the runs seed by seed; each of the texts, to an outcome."""
+    probes = [(f"probe.{m}", partial(_probed, given, m)) for m in given.probe]
+    return probes + [(f"{s}.{m}", partial(_run, given, m, s)) for s in given.seeds for m in given.methods]
+
+
+def _gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is to be for each; one that is empty without a GPU."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())] or [""]
+
+
+def _worker(given: argparse.Namespace, gpu: str) -> subprocess.Popen:
+    """`python this work ...` on one GPU; a run that kills its process costs that run alone."""
+    options = {"until": given.until, "model": given.model, "batch": given.batch, "warmup": given.warmup}
+    options |= {"tokens": given.tokens, "every": given.every, "probe-steps": given.probe_steps}
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    for name in ("seeds", "methods", "probe"):
+        more += [f"--{name}", *map(str, values)] if (values := getattr(given, name)) else []
+    more += ["--decay", *(f"{m}={d}" for m, d in given.decays)] if given.decays else []
     more += ["--no-compile"] if given.no_compile else []
-    return subprocess.Popen([sys.executable, __file__, "work", str(given.texts), str(given.outcomes), method, *more])
+    command = [sys.executable, __file__, "work", str(given.texts), str(given.outcomes), *more]
+    quoted = shlex.join(command)
+    again = f"for i in 1 2 3; do {quoted} && break; done"
+    return subprocess.Popen(["bash", "-c", again], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
 
 
 def work(given: argparse.Namespace) -> None:
-    """One method: compile and take times, then train beside the others."""
-    meeting = Meeting(given.outcomes, given.seed)
+    """What nobody has begun, one job after the other, while the time suffices for one more."""
+    torch._dynamo.config.recompile_limit = 64  # methods x phases share the code of a block
     train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
-    run = Run(given.method, given.decay, given.model, 1000, given.batch, 1, 1e-3, given.warmup, given.seed)
-    alone = _timed(Training(run, train, compile=not given.no_compile), meeting)
-    steps = meeting.hear("steps")
+    jobs, longest = given.outcomes.with_suffix(".jobs"), 0.0
+    for name, job in _jobs(given):
+        if time.time() + longest > given.until:
+            return
+        try:
+            (jobs / name).open("x").close()
+        except FileExistsError:
+            continue
+        begin = time.time()
+        outcome = job(train, valid)
+        with locked(given.outcomes.with_suffix(".lock")):
+            append(given.outcomes, outcome)
+        (jobs / f"{name}.done").write_text(json.dumps(outcome.get("decay")))
+        gc.collect()  # a captured step and its run hold each other
+        longest = max(longest, time.time() - begin)
+        print(f"{name}: {outcome.get('finished_loss', outcome.get('tried'))}, {time.time() - begin:.1f} s", flush=True)
+
+
+def _decay(given: argparse.Namespace, method: str) -> float | None:
+    """What --decay says, or what the probe finds, which may still be at work; None: the method's own."""
+    found, probe = dict(given.decays).get(method), given.outcomes.with_suffix(".jobs") / f"probe.{method}"
+    if found is not None or not probe.exists():
+        return found
+    done, patience = probe.with_suffix(f".{method}.done"), probe.stat().st_mtime + 120
+    while not done.exists() and time.time() < patience:
+        time.sleep(0.1)
+    return json.loads(done.read_text()) if done.exists() else None
+
+
+def _run(given: argparse.Namespace, method: str, seed: int, train: Tensor, valid: Tensor) -> dict[str, Any]:
+    """One run from its first weights to its last."""
+    run = Run(method, _decay(given, method), given.model, 1, given.batch, 1, 1e-3, given.warmup, seed, given.every)
+    steps = int(-(-given.tokens * _parameters(given.model) // run.tokens))
     run = replace(run, steps=steps, warmup=min(given.warmup, steps // 4))
-    training, lines = Training(run, train, compile=not given.no_compile), []
-    training.train(lines.append)
-    found = {"valid_loss": training.evaluate(valid), "train_bytes": len(train), "valid_bytes": len(valid)}
+    training, lines, clock = Training(run, train, compile=not given.no_compile), [], [time.perf_counter()]
+
+    def log(line: dict[str, Any]) -> None:
+        lines.append(line)
+        clock.append(time.perf_counter())
+
+    training.train(log)
+    found = {"train_seconds": time.perf_counter() - clock[0], "valid_loss": training.evaluate(valid)}
     if ends_dense(training.sparse):
         found["one_shot_loss"] = training.one_shot(valid)
     training.finish()
     found["finished_loss"] = training.evaluate(valid)
-    outcome = vars(run) | {"tokens": run.tokens, "parameters": _parameters(training), "step_seconds_alone": alone}
-    outcome |= found | {"curve": lines, "environment": environment(training.device.type)}
-    with _locked(given.outcomes.with_suffix(".lock")):
-        append(given.outcomes, outcome)
+    # Dense tails apart, and another program may have had the GPU for a while: the fastest stretch between two lines.
+    spans = [b - a for a, b, line in zip(clock, clock[1:], lines, strict=False) if line["step"] < 0.8 * steps]
+    found |= {"step_seconds": [min(spans) / run.every] if spans else [], "graphs": training.captured is not None}
+    found |= {"train_bytes": len(train), "valid_bytes": len(valid), "parameters": _parameters(run.model)}
+    about = {"tokens": run.tokens, "curve": lines, "environment": environment(training.device.type)}
+    return vars(run) | found | about
 
 
-def _timed(training: Training, meeting: Meeting) -> float:
-    """Seconds a step with the GPU to itself; says the seconds when all methods share it, too."""
-    method = training.run.method
-    _seconds(training, 4)  # compiles
-    meeting.say(f"{method}.compiled", True)
-    meeting.hear("after.compiled")
-    with _locked(meeting.folder / "lock"):
-        alone = _seconds(training, TIMED)
-    meeting.say(f"{method}.alone", True)
-    meeting.hear("after.alone")
-    wanted = -(-TOKENS_A_PARAMETER * _parameters(training) * training.run.steps // training.run.tokens)
-    meeting.say(f"{method}.together", {"seconds": _seconds(training, TIMED), "wanted": wanted})
-    return alone
+def speed(given: argparse.Namespace) -> None:
+    """Seconds a step of each method with the GPU to itself."""
+    train = text.find(given.texts, "train")
+    for method in given.methods:
+        run = Run(method, None, given.model, 10 * TIMED, given.batch, warmup=TIMED, every=10**9)
+        training = Training(run, train, compile=not given.no_compile, graphs=not given.no_graphs)
+        begin = time.perf_counter()
+        seconds(training, 4)
+        ready = time.perf_counter() - begin
+        times = [seconds(training, TIMED) for _ in range(given.repeats)]
+        about = {"model": run.model, "method": method, "batch": run.batch, "graphs": training.captured is not None}
+        about |= {"step_seconds": times, "ready_seconds": ready, "loss": float(training.take_step())}
+        append(given.outcomes, about | {"environment": environment(training.device.type)})
+        print(
+            method, f"{[round(1e3 * t, 2) for t in times]} ms a step, ready in {ready:.1f} s, {about['loss']:.4f} nats"
+        )
+        if given.profile and training.device.type == "cuda":
+            _profile(training, given.outcomes.with_suffix(f".{method}.profile"))
+        del training
+        gc.collect()
 
 
-def _seconds(training: Training, steps: int) -> float:
-    _synchronize(training)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        training.take_step()
-    _synchronize(training)
-    return (time.perf_counter() - begin) / steps
+def _profile(training: Training, file: Path) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        seconds(training, 3)
+    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    file.write_text(table)
 
 
-def _parameters(training: Training) -> int:
-    return sum(p.numel() for p in training.net.parameters())
-
-
-def _synchronize(training: Training) -> None:
-    if training.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _parameters(model: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(SHAPES[model]).parameters())
 
 
 def collect(given: argparse.Namespace) -> None:
-    """A line for each run, its curve, the summaries over all runs of these outcomes, the chart of the first seed."""
-    runs = [json.loads(line) for file in given.outcomes for line in file.read_text().splitlines()]
+    """A line for each run, its curve, the summaries over all these outcomes, the chart of the first seed."""
+    found = [json.loads(line) for file in given.outcomes for line in file.read_text().splitlines()]
+    runs = [f for f in found if "curve" in f]
     for run in runs:
         check_equal(run, dense_of(run, runs))
         for line in measured(run, dense_of(run, runs)):
             append(LINES, line)
         append(CURVES, {key: run[key] for key in ("model", "method", "seed", "tokens", "curve")})
-    for line in summaries(runs):
+    timed, scaled = [f for f in found if "step_seconds" in f], [f for f in found if "wrap" in f]
+    probed = [f for f in found if "tried" in f]
+    for line in [*probed, *summaries(runs), *speeds(timed), *scaling(scaled)]:
         append(LINES, line)
-        print(json.dumps({key: line[key] for key in ("summary", "case", "value", "must", "n")}))
-    first = {run["method"]: run["curve"] for run in runs if run["seed"] == runs[0]["seed"]}
-    chart.draw(first, given.chart or given.outcomes[0].with_suffix(".svg"))
+        print(json.dumps({key: line[key] for key in ("summary", "case", "value", "range", "must", "n") if key in line}))
+    if runs:
+        first = {run["method"]: run["curve"] for run in runs if run["seed"] == runs[0]["seed"]}
+        chart.draw(first, given.chart or given.outcomes[0].with_suffix(".svg"))
+
+
+def larger(given: argparse.Namespace) -> None:
+    """Curves and last losses of runs of examples/pretrain_24.py, ended or not, their logs named METHOD.jsonl."""
+    about, curves = json.loads(given.environment.read_text()), {}
+    for log in given.logs:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        curve, end = [x for x in lines if "loss" in x], lines[-1]
+        case = {"model": given.model, "method": log.stem, "seed": 0}
+        append(CURVES, case | {"tokens": end["tokens"], "steps_planned": given.planned, "curve": curve})
+        ends = {"step": end["step"], "steps_planned": given.planned, "tokens": end["tokens"]}
+        line = {"bench": "pretrain24", "case": case | {"variant": "larger"}, "ours": end["valid_loss"], "about": ends}
+        append(LINES, line | {"unit": "nats/byte", **about})
+        curves[log.stem] = curve
+    chart.draw(curves, given.chart)
 
 
 def probe(given: argparse.Namespace) -> None:
     """suggest_decay() on the warm-up of the run that `learn` would do."""
-    train = text.find(given.texts, "train")
-    run = Run(given.method, None, given.model, given.steps, given.batch, warmup=given.warmup, seed=given.seed)
+    line = _probed(given, given.method, text.find(given.texts, "train"))
+    append(given.outcomes, line)
+    print(f"decay {line['decay']:.3g}: mu {line['mu']:.3f}", line["tried"])
+
+
+def _probed(given: argparse.Namespace, method: str, train: Tensor, _: Tensor | None = None) -> dict[str, Any]:
+    run = Run(method, None, given.model, given.probe_steps, given.batch, warmup=given.warmup)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def built() -> Llama:
@@ -192,43 +238,13 @@ def probe(given: argparse.Namespace) -> None:
         for _ in range(steps):
             training.take_step()
 
-    found = suggest_decay(built, warm_up, method=METHODS[run.method](), steps=run.steps, filter="*.mlp.*")
-    case = {"model": run.model, "method": run.method, "steps": run.steps, "batch": run.batch, "seed": run.seed}
-    line = {"bench": "pretrain24", "case": case | {"variant": "probe"}, "decay": found.decay, "mu": found.mu}
+    found = suggest_decay(
+        built, warm_up, method=METHODS[method](), steps=run.steps, filter="*.mlp.*", bounds=(1e-6, 1e-2), tries=6
+    )
+    case = {"model": run.model, "method": method, "steps": run.steps, "batch": run.batch, "variant": "probe"}
     tried = {f"{decay:.3g}": mu for decay, mu in found.tried.items()}
-    append(LINES, line | {"feasible": found.feasible, "tried": tried, **environment(device.type)})
-    print(f"decay {found.decay:.3g}: mu {found.mu:.3f}", tried)
-
-
-def scale(given: argparse.Namespace) -> None:
-    """Tokens a second and the loss after the same steps, on one rank and on several."""
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = Path(folder) / "outcomes.jsonl"
-        ways = [(1, "ddp"), *((ranks, wrap) for ranks in given.ranks if ranks > 1 for wrap in ("ddp", "fsdp"))]
-        for ranks, wrap in ways:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command += [__file__, "rank", str(given.texts), str(outcomes), given.method, "--wrap", wrap]
-            command += ["--model", given.model, "--batch", str(given.batch), "--steps", str(given.steps)]
-            subprocess.run(command + (["--no-compile"] if given.no_compile else []), check=True)
-        found = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    for line in scaling(found):
-        append(LINES, line)
-        print(json.dumps({key: line[key] for key in ("summary", "case", "value")}))
-
-
-def rank(given: argparse.Namespace) -> None:
-    """One rank of a scaling run: the first quarter of the steps warms up."""
-    mine, ranks = join()
-    run = Run(given.method, None, given.model, given.steps, given.batch, warmup=given.steps // 4, seed=0)
-    training = Training(run, text.find(given.texts, "train"), wrap=given.wrap, compile=not given.no_compile)
-    _seconds(training, run.steps // 4)
-    seconds = _seconds(training, run.steps - run.steps // 4)
-    loss = training.evaluate(text.find(given.texts, "valid"), most=4 * run.batch)
-    if mine == 0:
-        case = {"model": run.model, "method": run.method, "ranks": ranks, "wrap": given.wrap}
-        found = {"tokens_a_second": run.tokens / run.steps / seconds, "loss": loss, "steps": run.steps}
-        append(given.outcomes, case | found | {"environment": environment(training.device.type)})
-    dist.destroy_process_group()
+    found = {"decay": found.decay, "mu": found.mu, "feasible": found.feasible, "tried": tried}
+    return {"bench": "pretrain24", "case": case, **found, **environment(device.type)}
 
 
 def _pair(given: str) -> tuple[str, float]:
@@ -239,35 +255,43 @@ def _pair(given: str) -> tuple[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    made = {
-        f.__name__: verbs.add_parser(f.__name__, help=f.__doc__) for f in (learn, work, collect, probe, scale, rank)
-    }
-    for name in ("learn", "work", "probe", "scale", "rank"):
+    known = (learn, work, speed, collect, larger, probe, scale, rank)
+    made = {f.__name__: verbs.add_parser(f.__name__, help=f.__doc__) for f in known}
+    for name in ("learn", "work", "speed", "probe", "scale", "rank"):
         made[name].add_argument("texts", type=Path)
-    for name in ("learn", "work", "rank"):
         made[name].add_argument("outcomes", type=Path)
-    for name in ("work", "rank"):
-        made[name].add_argument("method")
-    for name in ("probe", "scale"):
-        made[name].add_argument("--method", default="fst" if name == "probe" else "s_ste")
-    for name in ("learn", "work", "probe", "scale", "rank"):
         made[name].add_argument("--model", default="10m")
         made[name].add_argument("--batch", type=int, default=128, help="windows a step")
         made[name].add_argument("--no-compile", action="store_true")
+    for name in ("probe", "scale"):
+        made[name].add_argument("--method", default="fst" if name == "probe" else "s_ste")
     for name in ("learn", "work", "probe"):
-        made[name].add_argument("--seed", type=int, default=0)
         made[name].add_argument("--warmup", type=int, default=100)
-    for name, steps in (("probe", 150), ("scale", 200), ("rank", 200)):
-        made[name].add_argument("--steps", type=int, default=steps)
-    made["rank"].add_argument("--wrap", choices=["ddp", "fsdp"], default="ddp")
-    made["scale"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    made["work"].add_argument("--decay", type=float)
-    made["learn"].add_argument("--decay", type=_pair, nargs="+", default=[], dest="decays", help="METHOD=DECAY")
-    made["learn"].add_argument("--methods", nargs="+", default=list(DEFAULT))
-    made["learn"].add_argument("--seconds", type=float, default=600, help="of the whole call")
-    made["learn"].add_argument("--reserve", type=float, default=15, help="seconds to evaluate and compile late")
+        made[name].add_argument("--probe-steps", type=int, default=120, help="of each try")
+    for name in ("learn", "work", "speed"):
+        made[name].add_argument("--methods", nargs="+", default=list(DEFAULT))
+    for name in ("learn", "work"):
+        made[name].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        made[name].add_argument("--probe", nargs="*", default=[], help="methods whose decay is probed for first")
+        made[name].add_argument("--decay", type=_pair, nargs="+", default=[], dest="decays", help="METHOD=DECAY")
+        made[name].add_argument("--tokens", type=float, default=TOKENS_A_PARAMETER, help="a parameter")
+        made[name].add_argument("--every", type=int, default=50, help="steps between measures")
+    for name in ("scale", "rank"):
+        made[name].add_argument("--steps", type=int, default=60)
+    made["rank"].add_argument("method")
+    made["scale"].add_argument("--ranks", type=int, nargs="+", default=[2])
+    made["speed"].add_argument("--repeats", type=int, default=3)
+    made["speed"].add_argument("--no-graphs", action="store_true", help="launch every kernel from Python")
+    made["speed"].add_argument("--profile", action="store_true", help="write what the GPU did beside the outcomes")
+    made["learn"].add_argument("--seconds", type=float, default=3600, help="no run begins that would not end by then")
+    made["work"].add_argument("--until", type=float, help="the same, as seconds since 1970")
     made["collect"].add_argument("outcomes", type=Path, nargs="+")
     made["collect"].add_argument("--chart", type=Path)
+    made["larger"].add_argument("logs", type=Path, nargs="+")
+    made["larger"].add_argument("--model", default="124m")
+    made["larger"].add_argument("--planned", type=int, required=True, help="steps")
+    made["larger"].add_argument("--environment", type=Path, required=True, help="JSON: machine, versions, commit, ...")
+    made["larger"].add_argument("--chart", type=Path, required=True)
     given = parser.parse_args()
     globals()[given.verb](given)
 

@@ -12,13 +12,13 @@ ABOUT = {"machine": "M", "commit": "c", "date": "d"}
 def outcome(method, seed, loss, flip, tokens=1300, **more):
     curve = [{"step": step, "flip_rate": 0.5 if step < 100 else flip} for step in range(10, 110, 10)]
     shared = {"model": "m", "steps": 100, "batch": 2, "warmup": 20, "tokens": tokens, "parameters": 100}
-    found = {"finished_loss": loss, "train_bytes": 650, "valid_bytes": 9, "step_seconds_alone": 2.0}
+    found = {"finished_loss": loss, "train_bytes": 650, "valid_bytes": 9, "train_seconds": 9.0, "decay": None}
     return {"method": method, "seed": seed, "curve": curve, "environment": ABOUT} | shared | found | more
 
 
 def runs(seeds, **more):
     dense = [outcome("dense", s, 1.0, 0.1, one_shot_loss=1.25, **more) for s in range(seeds)]
-    ours = [outcome("s_ste", s, 1.0 + 0.01 * (s + 1), 0.2, step_seconds_alone=4.0, **more) for s in range(seeds)]
+    ours = [outcome("s_ste", s, 1.0 + 0.01 * (s + 1), 0.2, **more) for s in range(seeds)]
     return dense + ours
 
 
@@ -29,7 +29,8 @@ def test_summaries_are_means_over_the_seeds_held_to_the_bars():
     assert (gap["must"], gap["sense"]) == (0.03, "<=")
     assert gap["case"] == {"method": "s_ste", "model": "m", "variant": "deployable"}
     assert found["late_flip_rate_vs_dense", "s_ste"]["value"] == pytest.approx(2)
-    assert found["step_time_ratio", "s_ste"]["value"] == 0.5
+    gain = found["gain_over_one_shot", "s_ste"]
+    assert gain["value"] == pytest.approx(0.23) and (gain["must"], gain["sense"]) == (0.05, ">=")
     assert found["val_loss_gap", "dense"]["value"] == 0.25
     assert found["val_loss_gap", "dense"]["case"]["variant"] == "one_shot"
 
@@ -49,24 +50,37 @@ def test_a_run_has_a_line_for_each_way_to_evaluate_it():
     assert line["ours"] == 1.01 and line["baseline_value"] == 1.0 and line["about"]["mu"] == pytest.approx(4.2 / 4.1)
 
 
+def timed(method, *seconds, graphs=True):
+    shared = {"model": "m", "batch": 2, "graphs": graphs, "environment": ABOUT}
+    return {"method": method, "step_seconds": list(seconds), **shared}
+
+
+def test_step_times_are_compared_at_their_best_captured_alone():
+    found = [timed("dense", 2.0, 3.0), timed("s_ste", 5.0, 4.0), timed("s_ste", 0.1, graphs=False), timed("fst")]
+    (line,) = LINES["speeds"](found)
+    assert line["case"] == {"method": "s_ste", "model": "m"} and line["n"] == 2
+    assert line["value"] == 0.5 and line["range"] == [0.4, 0.75]
+
+
+def test_several_gpus_are_held_against_one_of_the_same_steps():
+    def scaled(wrap, ranks, speed, loss, steps=8):
+        case = {"model": "m", "method": "s_ste", "ranks": ranks, "wrap": wrap, "steps": steps}
+        return case | {"tokens_a_second": speed, "loss": loss, "environment": ABOUT}
+
+    found = [
+        scaled("alone", 1, 1.0, 9.0, steps=4),
+        scaled("in two parts", 1, 90.0, 2.01),
+        scaled("alone", 1, 100.0, 2.0),
+    ]
+    lines = list(LINES["scaling"]([*found, scaled("fsdp", 2, 150.0, 1.98)]))
+    named = {(line["summary"], line["case"]["wrap"]): line["value"] for line in lines}
+    expected = {("loss_difference", "in two parts"): 0.01, ("loss_difference", "fsdp"): 0.02}
+    assert named == pytest.approx(expected | {("scaling_efficiency", "fsdp"): 0.75})
+
+
 def test_runs_of_other_data_or_without_dense_are_refused():
     dense, ours = runs(1)
     with pytest.raises(SystemExit, match="saw other data; fix"):
         LINES["check_equal"](ours | {"steps": 99}, dense)
     with pytest.raises(SystemExit, match="has no dense run; fix"):
         LINES["dense_of"](ours | {"seed": 7}, [dense, ours])
-
-
-def test_scaling_is_measured_against_one_rank():
-    shared = {"model": "m", "method": "s_ste", "steps": 8, "environment": ABOUT}
-    one = shared | {"ranks": 1, "wrap": "ddp", "tokens_a_second": 100.0, "loss": 1.0}
-    two = shared | {"ranks": 2, "wrap": "fsdp", "tokens_a_second": 150.0, "loss": 0.75}
-    found = {line["summary"]: line for line in LINES["scaling"]([one, two])}
-    assert found["scaling_efficiency"]["value"] == 0.75 and found["loss_difference"]["value"] == 0.25
-    assert found["scaling_efficiency"]["case"] == {
-        "model": "m",
-        "method": "s_ste",
-        "ranks": 2,
-        "wrap": "fsdp",
-        "steps": 8,
-    }

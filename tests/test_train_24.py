@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from gossamer import patterns, train
 from gossamer.train import FST, SRSTE, SSTE, STE, Dense, Fp8Products, Products, Sparse24Linear, sparsify
 from gossamer.train.measures import flip_rate, mu, three_zeros
+from gossamer.train.sparse_products import SparseProducts
 
 METHODS = [STE(), SRSTE(), SRSTE(decay_on="weights"), FST(mvue=False, dense_tail=0), SSTE(), SSTE(beta="dynamic")]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.decay_on}")
@@ -108,7 +110,7 @@ def test_decay_on_gradients_is_added_once_after_clipping(method):
     for p in net.parameters():
         p.grad = torch.ones_like(p)
     sparse.before_step()
-    expected = 1 + 0.5 * layer.weight * ~layer.survivors()
+    expected = 1 + 0.5 * layer.weight * ~method.mask(layer.weight, layer.state())
     torch.testing.assert_close(layer.weight.grad, expected.detach())
     assert (net[0].attn.weight.grad == 1).all()
 
@@ -118,7 +120,7 @@ def test_decay_on_weights_follows_the_learning_rate_and_needs_it():
     sparse = sparsify(net, SRSTE(decay=0.5, decay_on="weights"))
     layer, before = sparse.layers[0], sparse.layers[0].weight.clone()
     sparse.before_step(torch.optim.SGD(net.parameters(), lr=0.1))
-    torch.testing.assert_close(layer.weight, torch.where(layer.survivors(), before, 0.95 * before))
+    torch.testing.assert_close(layer.weight, torch.where(patterns.hard24(layer.weight), before, 0.95 * before))
     with pytest.raises(ValueError, match=r"needs learning rates; fix: before_step\(optimizer\)"):
         sparse.before_step()
     with pytest.raises(ValueError, match=r"0.mlp.0.weight is not in this optimizer.*fix"):
@@ -333,6 +335,42 @@ def test_other_products_can_be_plugged_in():
     assert Counting.calls.count("grad_weight") == 4
     for a, b in zip(plain.parameters(), plugged.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_sparse_products_are_a_word_and_follow_the_method():
+    x, nets = torch.randn(3, 16), [model(), model()]
+    sparsify(nets[0], SSTE())
+    made = sparsify(nets[1], SSTE(), products="sparse").layers[0].products
+    assert isinstance(made, SparseProducts) and not made.tiles and not made.mvue
+    for net in nets:
+        net(x).square().sum().backward()
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    made = sparsify(model(), FST(dense_tail=0), products="sparse").layers[0].products
+    assert isinstance(made, SparseProducts) and made.tiles and made.mvue
+    with pytest.raises(ValueError, match="multiplies as Fp8Products does; fix"):
+        sparsify(model(), SSTE(fp8=True), products="sparse")
+    with pytest.raises(ValueError, match="products='dense' is unknown; fix"):
+        sparsify(model(), SSTE(), products="dense")
+
+
+def test_compiled_decay_and_measures_are_the_same(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    found = []
+    for compiled in (False, True):
+        net = model()
+        sparse = sparsify(net, SRSTE(decay=0.1), every=2)
+        if compiled:
+            assert sparse.compile() is sparse
+        for _ in range(2):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            sparse.before_step()
+            net[0].mlp[0].weight.data.sub_(net[0].mlp[0].weight.grad, alpha=0.05)
+            sparse.after_step()
+        found.append((sparse.metrics(), net[0].mlp[0].weight.clone()))
+    assert found[0][0] == found[1][0] and found[0][0]["flip_rate"] > 0
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("method", [SRSTE(), FST(refresh=4, mvue=False)], ids=lambda m: m.name)

@@ -1,6 +1,7 @@
 """2:4 training on a GPU: the same masks, FP8 units, compiled and captured steps, fp16 with a GradScaler."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from gossamer import patterns
 from gossamer.train import FST, SRSTE, SSTE, Fp8Products, Products, sparsify
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.gpu
 METHODS = [SRSTE(decay=0.01), FST(refresh=2, dense_tail=0, mvue=False), SSTE(), SSTE(beta="dynamic"), SSTE(fp8=True)]
 
@@ -79,6 +81,20 @@ def test_a_captured_step_follows_the_weights_and_new_masks():
     torch.testing.assert_close(y, net(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_estimate_of_one_pass_is_unbiased_and_varies_as_the_oracle_does(dtype):
+    dz = torch.randn(150, 70, device="cuda").to(dtype)  # a last short group, sizes that cut blocks
+    dz[torch.rand(150, 70, device="cuda") < 0.3] = 0
+    dz[4:8] = 0
+    drawn = torch.stack([Products.sampled(dz) for _ in range(400)]).float()
+    padded = nn.functional.pad(dz.float(), (0, 0, 0, 2)).mT
+    oracle = torch.stack([patterns.mvue24(padded)[:, :150] for _ in range(400)])
+    assert all(patterns.is_24(nn.functional.pad(e, (0, 2))) for e in drawn[:20])
+    assert float((drawn.mean(0) * dz.mT).sum() / (dz * dz).sum()) == pytest.approx(1, abs=0.02)
+    assert float((drawn.mean(0) - dz.mT).norm() / (oracle.mean(0) - dz.mT).norm()) == pytest.approx(1, abs=0.1)
+    assert float(drawn.var(0).sum() / oracle.var(0).sum()) == pytest.approx(1, abs=0.05)
+
+
 def test_mvue_draws_anew_in_every_replay():
     dz = torch.randn(64, 32, device="cuda")
     Products.sampled(dz)
@@ -89,6 +105,26 @@ def test_mvue_draws_anew_in_every_replay():
     first = drawn.clone()
     graph.replay()
     assert patterns.is_24(drawn) and not torch.equal(first, drawn)
+
+
+@pytest.mark.parametrize("method", ["dense", "s_ste", "sr_ste", "fst_no_mvue"])
+def test_steps_of_the_example_are_the_same_captured(method, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from pretrain.loop import METHODS, Run, Training
+
+    monkeypatch.setitem(METHODS, "fst_no_mvue", lambda: FST(mvue=False, refresh=5))
+    text = torch.randint(97, 123, (5000,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    run, curves = Run(method, None, "tiny", 24, 16, 2, 1e-2, 4, 0, 4), []
+    for graphs in (False, True):
+        torch._dynamo.reset()
+        training, curve = Training(run, text, compile=True, graphs=graphs), []
+        assert (training.captured is not None) == graphs
+        training.train(curve.append)
+        curves.append(curve)
+    for plain, captured in zip(*curves, strict=True):
+        assert captured["step"] == plain["step"] and captured["loss"] == pytest.approx(plain["loss"], abs=0.01)
+        assert captured["flip_rate"] == pytest.approx(plain["flip_rate"], rel=0.2, abs=0.003)
+    assert curves[1][-1]["loss"] < 0.8 * curves[1][0]["loss"]
 
 
 def test_half_precision_with_a_grad_scaler_trains_and_ends_2_of_4():

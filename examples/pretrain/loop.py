@@ -25,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gossamer.patterns import hard24
 from gossamer.train import FST, SRSTE, SSTE, STE, Dense, Method, Sparsifier, sparsify
 
+from .captured import Captured
 from .llama import SHAPES, Llama
-from .text import batch, windows
+from .text import cut, starts, windows
 
 METHODS: dict[str, Callable[..., Method]] = {
     "dense": Dense,
@@ -89,28 +90,35 @@ class Training:
         out: Path | None = None,
         wrap: str = "ddp",
         compile: bool = False,
+        graphs: bool = True,
         made: tuple[Llama, Sparsifier] | None = None,
     ) -> None:
-        """`made`: a model that is there already, and its sparsifier, in place of those that `run` describes."""
+        """`compile`: blocks, decay, measures; on one GPU whole steps are then captured, too, unless `graphs` is False.
+
+        `made`: a model that is there already, and its sparsifier, in place of those that `run` describes.
+        """
         self.run, self.out, self.shape = run, out, SHAPES[run.model]
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.text = text.to(self.device)
         self.net, self.sparse = made or build(run, self.device)
+        self.entropy = torch.compile(entropy, dynamic=False) if compile else entropy
         if compile:
+            self.sparse.compile()
             for block in self.net.blocks:
-                block.compile(fullgraph=True)
+                block.compile(fullgraph=True, dynamic=False)
+        capture = cuda and compile and graphs and self.ranks == 1
         self.model = self._wrapped(wrap)
         matrices = [p for p in self.net.parameters() if p.ndim == 2]
         rest = [p for p in self.net.parameters() if p.ndim != 2]
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=cuda)
-        self.sparse.attach(self.optimizer)
+        self.optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, 0.95), fused=cuda, capturable=capture)
         torch.manual_seed(run.seed + 1 + self.rank)  # MVUE draws its own noise on every rank
         self.step = 0
         if out is not None and (out / "checkpoint").exists():
             self._resume(out / "checkpoint")
+        self.captured = Captured(self) if capture else None
 
     def _wrapped(self, wrap: str) -> nn.Module:
         if self.ranks == 1:
@@ -125,23 +133,36 @@ class Training:
         autocast = torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
         with autocast:
             logits = self.model(x[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
+        return self.entropy(logits, x[:, 1:])
 
     def take_step(self) -> Tensor:
-        """One optimizer step; the mean loss of this rank's windows, on the device."""
-        run = self.run
-        x = batch(self.text, self.step, run.seed, run.batch, self.shape.context).chunk(self.ranks)[self.rank]
-        for group in self.optimizer.param_groups:
-            group["lr"] = run.rate(self.step)
+        """One optimizer step; the mean loss of this rank's windows, on the device, valid until the next."""
+        if self.captured is not None:
+            loss = self.captured.step()
+        else:
+            run = self.run
+            rows = starts(len(self.text), self.step, run.seed, run.batch, self.shape.context)
+            for group in self.optimizer.param_groups:
+                group["lr"] = run.rate(self.step)
+            loss = self.update(self.cut(rows.chunk(self.ranks)[self.rank].to(self.device)))
+        self.sparse.after_step()
+        self.step += 1
+        return loss
+
+    def cut(self, rows: Tensor) -> Tensor:
+        return cut(self.text, rows, self.shape.context)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Forward, backward, clipping, decay, optimizer: no synchronisation, so that it can be captured."""
         losses = []
-        for part in x.chunk(run.micro):
+        for part in x.chunk(self.run.micro):
             loss = self.loss(part) * (len(part) / len(x))
             loss.backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.sparse.before_step(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
         return torch.stack(losses).sum()
 
     def train(self, log: Callable[[dict[str, Any]], None], seconds: float = math.inf, save_every: int = 0) -> bool:
@@ -233,6 +254,11 @@ class Training:
             dist.barrier()
 
 
+def entropy(logits: Tensor, x: Tensor) -> Tensor:
+    """Nats per byte."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), x.flatten())
+
+
 def ends_dense(sparse: Sparsifier) -> bool:
     return sparse.schedule.ends_dense or sparse.method.name == "dense"
 
@@ -263,7 +289,10 @@ def join() -> tuple[int, int]:
     """This rank and their number, under torchrun or alone."""
     if "RANK" not in os.environ:
         return 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     return dist.get_rank(), dist.get_world_size()

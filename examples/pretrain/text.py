@@ -25,11 +25,15 @@ def find(folder: Path, part: str) -> Tensor:
     return read(found[0])
 
 
-def batch(text: Tensor, step: int, seed: int, size: int, context: int) -> Tensor:
-    """Windows [size, context + 1] at random places, the same for the same seed and step on any number of ranks."""
+def starts(length: int, step: int, seed: int, size: int, context: int) -> Tensor:
+    """Random places [size] of windows in a text, the same for the same seed and step on any number of ranks."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    starts = torch.randint(len(text) - context, (size, 1), generator=generator)
-    return text[(starts + torch.arange(context + 1)).to(text.device)].long()
+    return torch.randint(length - context, (size,), generator=generator)
+
+
+def cut(text: Tensor, starts: Tensor, context: int) -> Tensor:
+    """Windows [size, context + 1] of `text`, both on one device."""
+    return text[starts.unsqueeze(1) + torch.arange(context + 1, device=text.device)].long()
 
 
 def windows(text: Tensor, context: int, size: int, most: int) -> list[Tensor]:

@@ -46,11 +46,6 @@ class Sparse24Linear(nn.Linear):
         return like(part(self.method.project(whole(self.weight), self.state()), self.weight), self.weight)
 
     @torch.no_grad()
-    def survivors(self) -> Tensor:
-        """Bool mask of what this rank holds of the weight: what is not to decay."""
-        return self.method.mask(local(self.weight), self.local_state())
-
-    @torch.no_grad()
     def renew(self) -> None:
         """The method's state anew, from the whole weight as it is now."""
         for name, tensor in self.method.state(whole(self.weight)).items():

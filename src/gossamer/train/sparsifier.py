@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..patterns import is_24
 from .choose import Filter, chosen
 from .measures import flips, three_zeros, virtual_mask
-from .method import Method
+from .method import Method, State
 from .products import Products
 from .schedule import Schedule, schedule
 from .sharding import finite, local, summed
@@ -26,7 +26,7 @@ def sparsify(
     steps: int | None = None,
     filter: Filter | None = None,
     dense_start: float = 0.0,
-    products: Products | None = None,
+    products: Products | Literal["sparse"] | None = None,
     every: int = 100,
 ) -> Sparsifier:
     """Make the linear layers that `filter` names train 2:4, in place; all others stay as they are.
@@ -34,14 +34,16 @@ def sparsify(
     Call it when the weights have their first values, the same on every rank (one seed, or loaded), before or after
     `fully_shard`, and before torch.compile. `steps`: the optimizer steps of the whole run, which a dense start or tail
     needs. `filter`: a pattern like "*.mlp.*", several, a function of (name, module), or None for the linear layers of
-    feed-forward blocks. `products` computes the GEMMs in place of the method's dense ones. Measures are taken every
-    `every` steps. ValueError names a layer that does not fit.
+    feed-forward blocks. `products` computes the GEMMs in place of the method's dense ones; "sparse": on sparse tensor
+    cores, each where it was measured faster, not under torch.compile(fullgraph=True). Measures are taken every `every`
+    steps. ValueError names a layer that does not fit.
     """
     if every < 1:
         raise ValueError(f"every={every}; fix: 1 or more steps between measures")
     plan = schedule(method, steps, dense_start)
     found = chosen(model, filter, method)
-    held = [swap(layer, name, method, products or method.products()) for name, layer in found]
+    gemms = _sparse(method, products) if isinstance(products, str) else products or method.products()
+    held = [swap(layer, name, method, gemms) for name, layer in found]
     return Sparsifier(held, method, plan, every)
 
 
@@ -56,6 +58,7 @@ class Sparsifier:
         self.layers, self.method, self.schedule, self.every = layers, method, plan, every
         self.step = 0
         self.pattern: Callable[[Tensor], Tensor] = virtual_mask  # whose flips are measured
+        self._dying: Callable[..., Tensor] = _dying
         self._before: list[Tensor] | None = None  # masks of the step before a measure
         self._measured: dict[str, Any] = {}
         self._hooks: list[Any] = []
@@ -79,6 +82,13 @@ class Sparsifier:
         ]
         return self
 
+    def compile(self) -> Sparsifier:
+        """Let torch.compile fuse what happens to the weights between steps: a pass for each, not dozens."""
+        if self.pattern is virtual_mask:
+            self.pattern = torch.compile(virtual_mask, dynamic=False)
+        self._dying = torch.compile(_dying, dynamic=False)
+        return self
+
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """The method's decay; `optimizer` gives the learning rates that decay on weights is multiplied with."""
@@ -86,12 +96,13 @@ class Sparsifier:
             return
         rates = _learning_rates(optimizer, self.method)
         for layer in self._unique():
-            weight, dying = local(layer.weight), ~layer.survivors()
+            weight = local(layer.weight)
+            dying = self._dying(weight, self.method, layer.local_state())
             if self.method.decay_on == "weights":
-                weight.sub_(weight * dying, alpha=_rate(rates, layer) * self.method.decay)
+                weight.sub_(dying * (_rate(rates, layer) * self.method.decay))  # a rate may be a tensor
             elif layer.weight.grad is not None:
                 grad = local(layer.weight.grad)
-                grad.add_((weight * dying).to(grad.dtype), alpha=self.method.decay)
+                grad.add_(dying.to(grad.dtype), alpha=self.method.decay)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -240,6 +251,22 @@ class Sparsifier:
         for layer in self.layers:
             restore(layer)
         self.layers, self._hooks = [], []
+
+
+def _sparse(method: Method, word: str) -> Products:
+    from .sparse_products import SparseProducts  # brings cuSPARSELt's bindings
+
+    dense = method.products()
+    if word != "sparse":
+        raise ValueError(f"products={word!r} is unknown; fix: sparse, a Products, or None for dense ones")
+    if type(dense) is not Products:
+        raise ValueError(f"{method} multiplies as {type(dense).__name__} does; fix: products=None, or fp8=False")
+    return SparseProducts(mvue=dense.mvue, tiles=method.tiles)
+
+
+def _dying(weight: Tensor, method: Method, state: State) -> Tensor:
+    """The weights that the mask hides, zeros for the others."""
+    return weight * ~method.mask(weight, state)
 
 
 def _settle(layer: Sparse24Linear) -> None:
