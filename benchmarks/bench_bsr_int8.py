@@ -14,9 +14,9 @@ Measured lines: microseconds of uint8 to uint8 with bias, scales and rounding (v
 with ready arguments: about 1 us), and of float32 to float32, quantised per token on the way (4x1 linear, 4x4 linear:
 into memory that is there; `op`: SparseLinear as a model calls it). One thread: medians of thread CPU time; more: 5th
 percentiles of wall time. All is timed --rounds times, in turns where it is timed by this process, and the lowest
-figure of each counts, theirs as ours: on a core that is shared with strangers one turn says little. Masks are uniform. The ratio is
-over the fastest dense peer of the same run. --summarise makes the summaries of the newest lines of every case. What no
-table needs is not measured unless it is asked for (--variants, --sparsities).
+figure of each counts, theirs as ours: on a core that is shared with strangers one turn says little. Masks are uniform.
+The ratio is over the fastest dense peer of the same run. --summarise makes the summaries of the newest lines of every
+case. What no table needs is not measured unless it is asked for (--variants, --sparsities).
 """
 
 from __future__ import annotations
