@@ -228,8 +228,9 @@ def measure(args: argparse.Namespace, path: Path) -> None:
 
 
 def cpu() -> str:
-    """What the bars depend on: the model, and which of its units are in use."""
-    return environment()["machine"].partition(",")[0] + (" without AMX" if VNNI else " with AMX" if _bsr.amx() else "")
+    """What the bars depend on: the model (GOSSAMER_CPU where its name hides it), and which of its units are in use."""
+    name = os.environ.get("GOSSAMER_CPU") or environment()["machine"].partition(",")[0]
+    return name + (" without AMX" if VNNI else " with AMX" if _bsr.amx() else "")
 
 
 def geomean(values: list[float]) -> float:
