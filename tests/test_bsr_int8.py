@@ -490,6 +490,7 @@ def test_a_prepared_layer_gives_the_bits_of_the_kernel(tmp_path: Path) -> None:
     with torch.no_grad():
         for part in (x, x[:1, :1], x.mT.contiguous().mT, x[:0]):
             assert torch.equal(layer(part), CpuBsrInt8.run(part, packed.tensors, packed.meta, layer.bias))
+        assert layer.bias is not None
         layer.bias.mul_(2)
         assert torch.equal(layer(x), CpuBsrInt8.run(x, packed.tensors, packed.meta, layer.bias))
         with pytest.raises(ValueError, match="x lies on meta"):

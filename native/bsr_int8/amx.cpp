@@ -61,7 +61,8 @@ INLINE void multiply(const Panels& a, int64_t panel, const uint8_t* x, Products<
 }
 
 template <int NB, End E>
-INLINE void panel(Finish<NB, true, E>& finish, const Weights& a, const Input& x, int64_t b, int64_t begin, int64_t end) {
+INLINE void panel(Finish<NB, true, E>& finish, const Weights& a, const Input& x, int64_t b, int64_t begin,
+                  int64_t end) {
   const int64_t last = std::min(end, begin + panel_rows);
   Products<NB> p;
   multiply<NB>(a.panels, begin / panel_rows, x.data + block_start(x.layout, a.cols, b), p);

@@ -171,8 +171,8 @@ struct Stage {
   alignas(64) float lanes[panel_rows][4][4][16];  // [block row][vector][token in lane][lane, row]
 };
 
-// What follows the products. The two that layers have most are code without questions, which sparse rows, whose products
-// are few, are faster for; `any` asks.
+// What follows the products. The two that layers have most are code without questions: the sparser the rows, the more
+// of the time it takes. `any` asks.
 enum class End { any, bytes, floats };
 
 inline End end_of(const Input& x, const Output& out) {
