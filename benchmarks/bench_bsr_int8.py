@@ -287,10 +287,13 @@ def summarise(path: Path) -> None:
 
 
 def _ratios(kernel: list[dict[str, Any]], other: list[dict[str, Any]]) -> list[float]:
-    """Time of the kernel / time of the other, where both were measured."""
-    times = {(*x["case"]["shape"], x["case"]["tokens"]): x["ours"] for x in other}
-    places = [((*x["case"]["shape"], x["case"]["tokens"]), x["ours"]) for x in kernel]
-    return [ours / times[place] for place, ours in places if place in times]
+    """Time of the kernel / time of the other, where one run measured both."""
+
+    def place(x: dict[str, Any]) -> tuple[object, ...]:
+        return (*x["case"]["shape"], x["case"]["tokens"], x["commit"], x["command"])
+
+    times = {place(x): x["ours"] for x in other}
+    return [x["ours"] / times[place(x)] for x in kernel if place(x) in times]
 
 
 def scaling(args: argparse.Namespace, path: Path) -> None:
