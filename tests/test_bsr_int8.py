@@ -319,6 +319,21 @@ def test_values_out_of_range_saturate(isa: str, tokens: int) -> None:
             assert torch.equal(y.matrix().int(), torch.where(sums > 0, high, low).int())
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("tokens", [16, 20, 70])
+def test_bytes_of_every_magnitude_are_the_same_bits(block: tuple[int, int], tokens: int) -> None:
+    """Where sums cannot leave the range of a conversion they are not bounded before it: on both sides of that."""
+    a, x, bias = BsrInt8.encode(weight((37, 128), 0.5, block), block), some(tokens, 128), 1e3 * some(37)
+    for scale, dtype, layout in itertools.product((1e-12, 1e-6, 1e-5, 1e-3, 1.0), (torch.uint8, torch.int8), "tq"):
+        to, want = Epilogue(dtype, layout, bias, scale=scale, zero=3), None
+        for isa in reversed(ISAS):
+            p = packed(a, isa)
+            y = _bsr.multiply(_bsr.quantise(x, p.meta["layout"], 0.02, 100), p.tensors, p.meta, to)
+            assert isinstance(y, Activation)
+            want = y.matrix() if want is None else want
+            assert torch.equal(y.matrix(), want), (isa, scale, dtype, layout)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [3, 20, 70])
 def test_a_token_that_is_not_finite_is_nan_and_zeros_are_the_bias(isa: str, tokens: int) -> None:
@@ -475,6 +490,7 @@ def test_a_prepared_layer_gives_the_bits_of_the_kernel(tmp_path: Path) -> None:
     with torch.no_grad():
         for part in (x, x[:1, :1], x.mT.contiguous().mT, x[:0]):
             assert torch.equal(layer(part), CpuBsrInt8.run(part, packed.tensors, packed.meta, layer.bias))
+        assert layer.bias is not None
         layer.bias.mul_(2)
         assert torch.equal(layer(x), CpuBsrInt8.run(x, packed.tensors, packed.meta, layer.bias))
         with pytest.raises(ValueError, match="x lies on meta"):

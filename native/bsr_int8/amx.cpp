@@ -60,12 +60,13 @@ INLINE void multiply(const Panels& a, int64_t panel, const uint8_t* x, Products<
   if constexpr (NB == 64) multiply_vectors<NB, 2>(a, panel, x, p);
 }
 
-template <int NB>
-void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
-  Finish<NB, true> finish(a, x, out, b);
+template <int NB, End E>
+INLINE void panel(Finish<NB, true, E>& finish, const Weights& a, const Input& x, int64_t b, int64_t begin,
+                  int64_t end) {
+  const int64_t last = std::min(end, begin + panel_rows);
   Products<NB> p;
   multiply<NB>(a.panels, begin / panel_rows, x.data + block_start(x.layout, a.cols, b), p);
-  for (int64_t i = 0; begin + i < end; ++i) {
+  for (int64_t i = 0; begin + i < last; ++i) {
     Sums<NB> s;
     finish.start(begin + i, s);
 #pragma GCC unroll 4
@@ -76,6 +77,28 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
     finish.tile(begin + i, s);
     finish.flush(begin + i);
   }
+}
+
+// Of token block b, rows begin .. end.
+template <int NB, End E>
+void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
+  Finish<NB, true, E> finish(a, x, out, b);
+  for (int64_t row = begin; row < end; row += panel_rows) panel(finish, a, x, b, row, end);
+}
+
+template <End E>
+void all_blocks(const Weights& a, const Input& x, const Output& out, const Range& range) {
+  const Config config;
+  _tile_loadconfig(&config);
+  // Panels outside, so that all tokens meet one while it is in the cache; but row-major outputs are written whole.
+  const int64_t step = out.layout == Layout::rows ? range.row_end - range.row_begin : panel_rows;
+  for (int64_t row = range.row_begin; row < range.row_end; row += step)
+    for (int64_t b = range.token_begin; b < range.token_end; ++b) {
+      const int64_t width = width_of(x.tokens, b);
+      const auto run = width == 64 ? block<64, E> : width == 32 ? block<32, E> : block<16, E>;
+      run(a, x, out, b, row, std::min(range.row_end, row + step));
+    }
+  _tile_release();
 }
 
 bool ask() {
@@ -99,22 +122,11 @@ bool amx_usable() {
 }
 
 void amx_blocks(const Weights& a, const Input& x, const Output& out, const Range& range) {
-  const Config config;
-  _tile_loadconfig(&config);
-  const auto panel = [&](int64_t b, int64_t row) {
-    const int64_t width = width_of(x.tokens, b);
-    const auto run = width == 64 ? block<64> : width == 32 ? block<32> : block<16>;
-    run(a, x, out, b, row, std::min(range.row_end, row + panel_rows));
-  };
-  // Panels outside, so that all tokens meet one while it is in the cache; but row-major outputs are written whole.
-  if (out.layout == Layout::rows) {
-    for (int64_t b = range.token_begin; b < range.token_end; ++b)
-      for (int64_t row = range.row_begin; row < range.row_end; row += panel_rows) panel(b, row);
-  } else {
-    for (int64_t row = range.row_begin; row < range.row_end; row += panel_rows)
-      for (int64_t b = range.token_begin; b < range.token_end; ++b) panel(b, row);
-  }
-  _tile_release();
+  const End how = end_of(x, out);
+  const auto run = how == End::bytes    ? all_blocks<End::bytes>
+                   : how == End::floats ? all_blocks<End::floats>
+                                        : all_blocks<End::any>;
+  run(a, x, out, range);
 }
 
 }  // namespace gossamer::bsr

@@ -55,9 +55,9 @@ INLINE void product(const Groups& a, int64_t row, const uint8_t* x, Ahead& ahead
   }
 }
 
-template <int NB, bool Quads, bool Fetch, class Off>
-void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
-  Finish<NB, Quads> finish(a, x, out, b);
+template <int NB, bool Quads, bool Fetch, class Off, End E>
+void block_with(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
+  Finish<NB, Quads, E> finish(a, x, out, b);
   const uint8_t* data = x.data + block_start(x.layout, a.cols, b);
   Ahead ahead{x.ahead, x.ahead_bytes / (a.groups.starts[end] - a.groups.starts[begin] + 1)};
   for (int64_t row = begin; row < end; ++row) {
@@ -68,6 +68,15 @@ void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64
     finish.tile(row, s);
     finish.flush(row);
   }
+}
+
+template <int NB, bool Quads, bool Fetch, class Off>
+void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
+  const End how = end_of(x, out);
+  const auto run = how == End::bytes    ? block_with<NB, Quads, Fetch, Off, End::bytes>
+                   : how == End::floats ? block_with<NB, Quads, Fetch, Off, End::floats>
+                                        : block_with<NB, Quads, Fetch, Off, End::any>;
+  run(a, x, out, b, begin, end);
 }
 
 template <bool Quads, class Off>

@@ -171,7 +171,17 @@ struct Stage {
   alignas(64) float lanes[panel_rows][4][4][16];  // [block row][vector][token in lane][lane, row]
 };
 
-template <int NB, bool Quads>
+// What follows the products. The two that layers have most are code without questions: the sparser the rows, the more
+// of the time it takes. `any` asks.
+enum class End { any, bytes, floats };
+
+inline End end_of(const Input& x, const Output& out) {
+  if (plain_bytes(out)) return x.token_scale ? End::any : End::bytes;
+  const bool floats = out.layout == Layout::rows && (out.type == Type::f32 || out.type == Type::bf16);
+  return floats && x.token_scale && !out.residual && out.function == Function::none ? End::floats : End::any;
+}
+
+template <int NB, bool Quads, End E = End::any>
 class Finish {
   using At = Order<NB, Quads>;
   static constexpr int V = At::vectors;
@@ -206,9 +216,10 @@ class Finish {
   }
 
   INLINE void tile(int64_t row, const Sums<NB>& s) {
-    if (plain_bytes(out)) return bytes(row, s);
+    if (E == End::bytes || (E == End::any && plain_bytes(out))) return bytes(row, s);
     __m512 v[4][V];
     affine(row, s, v);
+    if (E == End::floats) return turn(row, v);
     if (out.layout == Layout::rows) return rows(row, v);
     const int64_t real = std::min<int64_t>(4, a.rows - 4 * row);
 #pragma GCC unroll 4
@@ -274,9 +285,11 @@ class Finish {
     return _mm512_insertf32x4(v, _mm_load_ps(&four[3][i][j][4 * l]), 3);
   }
 
+  INLINE bool per_token() const { return E == End::any ? x.token_scale != nullptr : E == End::floats; }
+
   INLINE __m512 floats(const __m512i& sum, int i) const {
     const __m512 v = _mm512_cvtepi32_ps(sum);
-    return x.token_scale ? _mm512_mul_ps(v, _mm512_load_ps(scales + 16 * i)) : v;
+    return per_token() ? _mm512_mul_ps(v, _mm512_load_ps(scales + 16 * i)) : v;
   }
 
   // Of four rows: what their sums are multiplied by, and what is added. To memory, whence a broadcast takes no shuffle.
@@ -288,7 +301,7 @@ class Finish {
     __m128 scale = _mm_loadu_ps(a.scale + 4 * row), bias = _mm_setzero_ps();
     const int64_t real = std::min<int64_t>(4, a.rows - 4 * row);
     if (out.bias) bias = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << real) - 1), out.bias + 4 * row);
-    if (!x.token_scale) scale = _mm_mul_ps(scale, _mm_set1_ps(x.scale));
+    if (!per_token()) scale = _mm_mul_ps(scale, _mm_set1_ps(x.scale));
     if (to_bytes) {
       const __m128 inverse = _mm_set1_ps(out.inverse_scale);
       scale = _mm_mul_ps(scale, inverse);
@@ -308,29 +321,40 @@ class Finish {
       for (int i = 0; i < V; ++i) v[r][i] = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
   }
 
-  // Nothing but scales, bias and rounding: one multiplication less. The packs saturate below.
+  // Nothing but scales, bias and rounding: one multiplication less. The packs saturate below, and above, too, where
+  // nothing can be so large that its conversion fails.
   INLINE void bytes(int64_t row, const Sums<NB>& s) {
-    const bool quads = out.layout == Layout::q;
-    const __m512 high = set(out.type == Type::u8 ? 255.0f : 127.0f), low = set(out.type == Type::u8 ? 0.0f : -128.0f);
     const Terms of = terms(row, true);
-    __m512i q[4][V];
+    const __m128 most = _mm_fmadd_ps(_mm_load_ps(of.scale), _mm_set1_ps(static_cast<float>(a.cols) * 255 * 127 * 2),
+                                     _mm_andnot_ps(_mm_set1_ps(-0.0f), _mm_load_ps(of.bias)));
+    const bool small = !per_token() && _mm_movemask_ps(_mm_cmplt_ps(most, _mm_set1_ps(1 << 30))) == 15;
+    const bool u8 = out.type == Type::u8;
+    if (small) u8 ? bytes<true, true>(row, s, of) : bytes<true, false>(row, s, of);
+    else u8 ? bytes<false, true>(row, s, of) : bytes<false, false>(row, s, of);
+  }
+
+  template <bool Small, bool U8>
+  INLINE void bytes(int64_t row, const Sums<NB>& s, const Terms& of) {
+    const auto whole = [&](int r, int i) __attribute__((always_inline)) {
+      __m512 v = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
+      if constexpr (!Small) v = _mm512_max_ps(_mm512_min_ps(v, set(U8 ? 255.0f : 127.0f)), set(U8 ? 0.0f : -128.0f));
+      return _mm512_cvtps_epi32(v);
+    };
+    if (out.layout == Layout::q) {
+      uint8_t* to = static_cast<uint8_t*>(out.data) + block_start(Layout::q, a.rows, b) + row * NB * 4;
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) store_quads<U8>(to, i, {whole(0, i), whole(1, i), whole(2, i), whole(3, i)});
+      return;
+    }
+    uint8_t* to = static_cast<uint8_t*>(out.data) + t_place(4 * row);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const int64_t m = 4 * row + r;
+      if (4 * row + r >= a.rows) return;
+      __m512i q[V];
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) {
-        __m512 v = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
-        v = _mm512_min_ps(v, high);
-        if constexpr (NB != 64 || At::natural)
-          if (!quads) v = _mm512_max_ps(v, low);
-        q[r][i] = _mm512_cvtps_epi32(v);
-      }
-      if (!quads && m < a.rows) store_bytes(static_cast<uint8_t*>(out.data) + t_place(m), q[r]);
+      for (int i = 0; i < V; ++i) q[i] = whole(r, i);
+      store_bytes<U8>(to + r * NB, q);
     }
-    if (!quads) return;
-    uint8_t* to = static_cast<uint8_t*>(out.data) + block_start(Layout::q, a.rows, b) + row * NB * 4;
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) store_quads(to, i, {q[0][i], q[1][i], q[2][i], q[3][i]});
   }
 
   int64_t t_place(int64_t m) const { return block_start(Layout::t, a.rows, b) + m * NB; }
@@ -367,21 +391,32 @@ class Finish {
     __m512i q[V];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) q[i] = whole(v[i], u8 ? 0.0f : -128.0f, u8 ? 255.0f : 127.0f);
-    store_bytes(to, q);
+    u8 ? store_bytes<true>(to, q) : store_bytes<false>(to, q);
+  }
+
+  template <bool U8>
+  static INLINE __m128i saturate(__m512i v) {
+    return U8 ? _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())) : _mm512_cvtsepi32_epi8(v);
+  }
+
+  template <bool U8>
+  static INLINE __m512i pack(__m512i q0, __m512i q1, __m512i q2, __m512i q3) {
+    const __m512i lo = _mm512_packs_epi32(q0, q1), hi = _mm512_packs_epi32(q2, q3);
+    return U8 ? _mm512_packus_epi16(lo, hi) : _mm512_packs_epi16(lo, hi);
   }
 
   // The packs undo the order that the unpacks left.
+  template <bool U8>
   INLINE void store_bytes(uint8_t* to, const __m512i (&q)[V]) {
     if constexpr (NB == 64 && !At::natural) {
-      const __m512i lo = _mm512_packs_epi32(q[0], q[1]), hi = _mm512_packs_epi32(q[2], q[3]);
-      _mm512_storeu_si512(to, out.type == Type::u8 ? _mm512_packus_epi16(lo, hi) : _mm512_packs_epi16(lo, hi));
+      _mm512_storeu_si512(to, pack<U8>(q[0], q[1], q[2], q[3]));
     } else if constexpr (NB == 32 && !At::natural) {
-      const __m128i one = _mm512_cvtepi32_epi8(q[0]), two = _mm512_cvtepi32_epi8(q[1]);
+      const __m128i one = saturate<U8>(q[0]), two = saturate<U8>(q[1]);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi64(one, two));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi64(one, two));
     } else {
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), _mm512_cvtepi32_epi8(q[i]));
+      for (int i = 0; i < V; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), saturate<U8>(q[i]));
     }
   }
 
@@ -392,16 +427,15 @@ class Finish {
       __m512i q[4];
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) q[r] = whole(v[r][i], u8 ? 0.0f : -128.0f, u8 ? 255.0f : 127.0f);
-      store_quads(to, i, q);
+      u8 ? store_quads<true>(to, i, q) : store_quads<false>(to, i, q);
     }
   }
 
   // Vector i of four rows: packed, then turned in each lane.
+  template <bool U8>
   INLINE void store_quads(uint8_t* to, int i, const __m512i (&q)[4]) {
     const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i lo = _mm512_packs_epi32(q[0], q[1]), hi = _mm512_packs_epi32(q[2], q[3]);
-    const __m512i packed = out.type == Type::u8 ? _mm512_packus_epi16(lo, hi) : _mm512_packs_epi16(lo, hi);
-    const __m512i all = _mm512_shuffle_epi8(packed, turn);
+    const __m512i all = _mm512_shuffle_epi8(pack<U8>(q[0], q[1], q[2], q[3]), turn);
     if constexpr (At::natural) {
       _mm512_storeu_si512(to + 64 * i, all);
     } else {
@@ -413,13 +447,17 @@ class Finish {
     }
   }
 
-  // 4 rows by 4 tokens turned in each lane.
   INLINE void rows(int64_t row, __m512 (&v)[4][V]) {
-    float(&to)[4][4][16] = stage.lanes[row % panel_rows];
     const bool plain = !out.residual && out.type != Type::u8 && out.type != Type::s8;
     if (plain && out.function != Function::none)
 #pragma GCC unroll 4
       for (int r = 0; r < 4; ++r) apply_to(out.function, v[r]);
+    turn(row, v);
+  }
+
+  // 4 rows by 4 tokens turned in each lane.
+  INLINE void turn(int64_t row, const __m512 (&v)[4][V]) {
+    float(&to)[4][4][16] = stage.lanes[row % panel_rows];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
       const __m512 a0 = _mm512_unpacklo_ps(v[0][i], v[1][i]), a1 = _mm512_unpackhi_ps(v[0][i], v[1][i]);
