@@ -36,11 +36,8 @@ __device__ inline Pair pick(const Four& v, u32 nibble) {
   return {(u32)plain_zero(at(v, nibble & 3)) | (u32)plain_zero(at(v, nibble >> 2)) << 16, nibble};
 }
 
-// The two that a mask of four bits keeps; of fewer, the first free places besides.
-__device__ inline u32 nibble_of(u32 mask) {
-  const u32 first = __ffs(mask) - 1, rest = mask & (mask - 1);
-  return first | (u32)(__ffs(rest) - 1) << 2;
-}
+// The nibble of a mask of four bits, two of them set: the 16 by the masks.
+__device__ inline u32 nibble_of(u32 mask) { return (u32)(0xe0dc009804000ull >> 4 * mask) & 15; }
 
 // 8 groups of rows r and r + 8, r % 16 < 8: what one thread compresses. `col` in groups' columns, a multiple of 32.
 struct Unit {
