@@ -23,7 +23,8 @@ thread_local Index threadIdx, blockIdx;
 static std::barrier<>* block_barrier;
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }

@@ -2,6 +2,25 @@
 // DENSE (1): the pruned matrix as well.
 #include "pack24.cuh"
 
+// S-STE's soft threshold: a magnitude less the third of its group, times `scale`.
+__device__ inline u16 soft(u16 bits, float third, float scale) {
+  const float w = widen(bits);
+  return narrow(widen(narrow(w - fminf(fmaxf(w, -third), third))) * scale);
+}
+
+__device__ inline Pair pair_of(const Four& v, float scale) {
+  const Top top = top_of(v);
+  u16 kept[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const int i = top.nibble >> 2 * k & 3;
+    kept[k] = i & 2 ? (i & 1 ? v[3] : v[2]) : (i & 1 ? v[1] : v[0]);
+    if (SOFT) kept[k] = soft(kept[k], widen(top.third), scale);
+    kept[k] = plain_zero(kept[k]);
+  }
+  return {(u32)kept[0] | (u32)kept[1] << 16, top.nibble};
+}
+
 // A thread takes 32 columns of two rows; 8 threads side by side, 4 one below the other, so that loads are lines and the
 // metadata of a warp whole sectors. `scale`: null or one float. Grid: ceil(rows / 2 * cols / 32 / 256), block 256.
 extern "C" __global__ void __launch_bounds__(256)
@@ -16,23 +35,17 @@ extern "C" __global__ void __launch_bounds__(256)
   for (int half = 0; half < 2; ++half) {
     const i64 begin = (row + 8 * half) * cols + col;
     alignas(16) u16 v[8][4];
+    alignas(16) u64 whole[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) *(uint4*)v[2 * i] = *(const uint4*)(w + begin + 8 * i);
 #pragma unroll
     for (int g = 0; g < 8; ++g) {
-      if (SOFT) soften(v[g], factor);
-      const u32 nibble = nibble_of(hard(v[g]));
-      packed.put(half, g, pick(v[g], nibble));
-      if (DENSE) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[g][i] = i == (nibble & 3) || i == nibble >> 2 ? plain_zero(v[g][i]) : 0;
-      }
+      const Pair pair = pair_of(v[g], factor);
+      packed.put(half, g, pair);
+      whole[g] = (u64)(pair.values & 0xffff) << 16 * (pair.nibble & 3) | (u64)(pair.values >> 16) << 16 * (pair.nibble >> 2);
     }
-    if (DENSE) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) *(uint4*)(dense + begin + 8 * i) = *(const uint4*)v[2 * i];
-    }
+    for (int i = 0; DENSE && i < 4; ++i) *(uint4*)(dense + begin + 8 * i) = *(const uint4*)(whole + 2 * i);
   }
   packed.store(out, row, col, rows, cols);
 }

@@ -44,6 +44,12 @@ template <int I> __device__ inline void try_mask(const float (&sums)[4][6], floa
   if constexpr (I + 1 < 90) try_mask<I + 1>(sums, best, chosen);
 }
 
+// Not less than nothing, NaN above all.
+__device__ inline float magnitude(u16 bits) {
+  const float a = fabsf(widen(bits));
+  return a == a ? a : __int_as_float(0x7f800000);
+}
+
 // A thread takes two tiles side by side. Grid: ceil(rows / 4 * cols / 8 / 128), block 128.
 extern "C" __global__ void __launch_bounds__(128) search24(const u16* w, u16* masks, i64 rows, i64 cols) {
   const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, wide = cols / 8, row = i / wide * 4, col = i % wide * 8;
