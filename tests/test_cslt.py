@@ -1,5 +1,7 @@
 """cuSPARSELt: what can be said without a GPU; with one every layout of operands, graphs and wrong algorithms."""
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,27 @@ def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cslt.library.cache_clear()
     with pytest.raises(CsltError, match=r"cuSPARSELt is 0.7, at least 0.8 is needed"):
         cslt.library()
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_product_hands_the_library_what_it_was_given(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    """Through the native module, and without it through ctypes; the library is a function of ours."""
+    ct, seen = ctypes, []
+
+    @ct.CFUNCTYPE(ct.c_int, *[ct.c_void_p] * 10, ct.c_int32)
+    def entry(*args: int) -> int:
+        seen.append((*args[:9], ct.c_void_p.from_address(args[9]).value, args[10]))
+        return 7
+
+    class Library:
+        cusparseLtMatmul = entry
+
+    monkeypatch.setattr(cslt, "library", Library)
+    monkeypatch.setattr(cslt.native, "available", lambda: built)
+    high = 0x7FFF_1234_5678_9A00  # an address that no 32-bit argument holds
+    handle, plan, numbers, a, b, d, space, stream = (high + 16 * i for i in range(8))
+    assert cslt._runner(handle, plan, numbers)(a, b, d, space, stream) == 7
+    assert seen == [(handle, plan, numbers, a, b, numbers + 4, d, d, space, stream, 1)]
 
 
 class _Anything:
