@@ -18,7 +18,7 @@ from gossamer.cslt import CsltError
 from gossamer.formats.nm24 import NM
 
 ENTRIES = {
-    "pack24_rows": ("PPPPqq", "(rows * cols / 64 + 255) / 256, 1, 256"),
+    "pack24_rows": ("PPPPqq", "rows * cols / 64 / 64, 1, 64"),
     "search24": ("PPqq", "(rows / 4 * cols / 8 + 127) / 128, 1, 128"),
     "pack24_tiles": ("PPPPqq", "cols / 64, rows / 64, 128"),
     "act24": ("PPqq", "rows, (cols / 8 + 255) / 256, 256"),

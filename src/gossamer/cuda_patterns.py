@@ -123,9 +123,9 @@ def _prune_rows(w: Tensor, kind: Kind, scale: Tensor | None, dense: bool) -> tup
     out, pruned = _packed(rows, cols, w), torch.empty_like(w) if dense else None
     function = _rows(w.dtype == torch.bfloat16, kind == "soft", dense)
     none = _none(w.device)
-    grid = -(-rows * cols // 64 // 256), 1, 1
+    grid = rows * cols // TILE // TILE, 1, 1
     scale = none if scale is None else scale.float()
-    function.launch(grid, (256, 1, 1), w, scale, out, none if pruned is None else pruned, rows, cols)
+    function.launch(grid, (64, 1, 1), w, scale, out, none if pruned is None else pruned, rows, cols)
     return out, pruned
 
 

@@ -112,13 +112,10 @@ __device__ inline Pair estimate(const Four& v, float u) {
     at[k] = past2 ? 3 : past1 ? 2 : past0 ? 1 : 0;
     kept[k] = plain_zero(narrow(past2 ? g[3] : past1 ? g[2] : past0 ? g[1] : g[0]));
   }
-  if (at[0] == at[1]) {  // nothing else is left: a zero
-    if (at[0] == 3)
-      at[0] = 2, kept[0] = 0;
-    else
-      at[1] += 1, kept[1] = 0;
-  }
-  return {(u32)kept[0] | (u32)kept[1] << 16, (u32)(at[0] | at[1] << 2)};
+  // Where both point at the same, nothing else is left: a zero beside it.
+  const bool before = at[0] == at[1] && at[0] == 3, after = at[0] == at[1] && at[0] != 3;
+  const u32 low = before ? 0 : kept[0], high = after ? 0 : kept[1];
+  return {low | high << 16, (u32)(at[0] - before | (at[1] + after) << 2)};
 }
 #else
 // Of weights a with sum `whole`: the one that holds u * whole.
@@ -217,5 +214,5 @@ extern "C" __global__ void __launch_bounds__(64 * (1 + GATED))
 #endif
       }
     }
-  packed.store(out, row, top + from, stride, tokens);
+  packed.store<true>(out, row, top + from, stride, tokens);
 }

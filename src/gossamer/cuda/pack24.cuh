@@ -35,6 +35,22 @@ __device__ inline u16 plain_zero(u16 bits) { return bits == 0x8000 ? 0 : bits; }
 // The nibble of a mask of four bits, two of them set: the 16 by the masks.
 __device__ inline u32 nibble_of(u32 mask) { return (u32)(0xe0dc009804000ull >> 4 * mask) & 15; }
 
+// 32 bytes of each of two neighbouring threads, at `own` and `other`. Each stores a half of either, so that both store
+// whole sectors. All threads of the warp take part.
+__device__ inline void store32(u8* own, u8* other, const u32* words) {
+  const bool odd = threadIdx.x & 1;
+  u32 got[4], kept[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    kept[i] = odd ? words[4 + i] : words[i];
+    got[i] = __shfl_xor_sync(~0u, odd ? words[i] : words[4 + i], 1);
+  }
+  uint4* even = (uint4*)(odd ? other : own) + odd;
+  uint4* next = (uint4*)(odd ? own : other) + odd;
+  *even = odd ? uint4{got[0], got[1], got[2], got[3]} : uint4{kept[0], kept[1], kept[2], kept[3]};
+  *next = odd ? uint4{kept[0], kept[1], kept[2], kept[3]} : uint4{got[0], got[1], got[2], got[3]};
+}
+
 // 8 groups of rows r and r + 8, r % 16 < 8: what one thread compresses. `col` in groups' columns, a multiple of 32.
 struct Unit {
   u32 values[2][8];
@@ -48,12 +64,13 @@ struct Unit {
     const i64 tile = (row >> 6) * (cols >> 6) + (col >> 6);
     return tile * 512 + (col >> 5 & 1) * 256 + (row >> 4 & 3) * 64 + (row & 7) * 8;
   }
-  __device__ void store(u8* out, i64 row, i64 col, i64 rows, i64 cols) const {
+  // A neighbour has the same row and the next columns, or with BELOW the same columns and the next row.
+  template <bool BELOW> __device__ void store(u8* out, i64 row, i64 col, i64 rows, i64 cols) const {
+    const i64 apart = (BELOW ? cols : 32) * (threadIdx.x & 1 ? -1 : 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint4* to = (uint4*)(out + (row + 8 * half) * cols + col);  // cols / 2 values of 2 bytes a row
-      to[0] = {values[half][0], values[half][1], values[half][2], values[half][3]};
-      to[1] = {values[half][4], values[half][5], values[half][6], values[half][7]};
+      u8* own = out + (row + 8 * half) * cols + col;  // cols / 2 values of 2 bytes a row
+      store32(own, own + apart, values[half]);
     }
     *(u64*)(out + rows * cols + meta_at(row, col, cols)) = meta;
   }

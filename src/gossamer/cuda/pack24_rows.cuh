@@ -22,13 +22,12 @@ __device__ inline Pair pair_of(const Four& v, float scale) {
 }
 
 // A thread takes 32 columns of two rows; 8 threads side by side, 4 one below the other, so that loads are lines and the
-// metadata of a warp whole sectors. `scale`: null or one float. Grid: ceil(rows / 2 * cols / 32 / 256), block 256.
-extern "C" __global__ void __launch_bounds__(256)
+// metadata of a warp whole sectors. `scale`: null or one float. Grid: rows / 64 * cols / 64, block 64.
+extern "C" __global__ void __launch_bounds__(64)
     pack24_rows(const u16* w, const float* scale, u8* out, u16* dense, i64 rows, i64 cols) {
-  const i64 unit = (i64)blockIdx.x * 256 + threadIdx.x, strips = cols / 64;  // of 64 columns: two units wide
+  const i64 unit = (i64)blockIdx.x * 64 + threadIdx.x, strips = cols / 64;  // of 64 columns: two units wide
   const i64 wide = unit % 2, row4 = unit / 2 % 4, rest = unit / 8, strip = rest % strips, above = rest / strips;
   const i64 pair = above * 4 + row4, row = pair / 8 * 16 + pair % 8, col = strip * 64 + wide * 32;
-  if (row >= rows) return;
   const float factor = scale ? *scale : 1.0f;
   Unit packed = {};
 #pragma unroll
@@ -44,8 +43,10 @@ extern "C" __global__ void __launch_bounds__(256)
       packed.put(half, g, pair);
       whole[g] = (u64)(pair.values & 0xffff) << 16 * (pair.nibble & 3) | (u64)(pair.values >> 16) << 16 * (pair.nibble >> 2);
     }
+    u8* own = (u8*)(dense + begin);
+    u8* other = own + (threadIdx.x & 1 ? -64 : 64);
 #pragma unroll
-    for (int i = 0; DENSE && i < 4; ++i) *(uint4*)(dense + begin + 8 * i) = *(const uint4*)(whole + 2 * i);
+    for (int i = 0; DENSE && i < 2; ++i) store32(own + 32 * i, other + 32 * i, (const u32*)(whole + 4 * i));
   }
-  packed.store(out, row, col, rows, cols);
+  packed.store<false>(out, row, col, rows, cols);
 }

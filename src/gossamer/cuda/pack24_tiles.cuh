@@ -130,8 +130,8 @@ extern "C" __global__ void __launch_bounds__(128)
   }
   __syncthreads();
   const int unit = thread % 64, wide = unit / 32 * 32, line = unit / 8 % 4 * 16 + unit % 8;
-  if (thread < 64)
-    unit_of<false>(tile, kept, line, wide).store(out, top + line, left + wide, rows, cols);
-  else
-    unit_of<true>(tile, kept_t, line, wide).store(out_t, left + line, top + wide, cols, rows);
+  const bool turn = thread >= 64;
+  const Unit packed = turn ? unit_of<true>(tile, kept_t, line, wide) : unit_of<false>(tile, kept, line, wide);
+  const i64 row = turn ? left : top, col = turn ? top : left, high = turn ? cols : rows, across = turn ? rows : cols;
+  packed.store<true>(turn ? out_t : out, row + line, col + wide, high, across);
 }
