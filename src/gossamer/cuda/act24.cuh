@@ -114,8 +114,8 @@ __device__ inline Pair estimate(const Four& v, float u) {
   }
   // Where both point at the same, nothing else is left: a zero beside it.
   const bool before = at[0] == at[1] && at[0] == 3, after = at[0] == at[1] && at[0] != 3;
-  const u32 low = before ? 0 : kept[0], high = after ? 0 : kept[1];
-  return {low | high << 16, (u32)(at[0] - before | (at[1] + after) << 2)};
+  const u32 one = before ? 0 : kept[0], two = after ? 0 : kept[1];
+  return {one | two << 16, (u32)(at[0] - before | (at[1] + after) << 2)};
 }
 #else
 // Of weights a with sum `whole`: the one that holds u * whole.
