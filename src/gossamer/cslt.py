@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,7 +197,7 @@ class Plan:
             _call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
         self.workspace = size.value
         self._numbers = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
-        self._index, self._spaces = index, dict[int, Tensor]()
+        self._index = index
         self._run = _runner(self._handle, self._plan.at, ctypes.addressof(self._numbers))
 
     def _describe(self, p: Problem) -> None:
@@ -237,22 +237,45 @@ class Plan:
             with torch.cuda.device(self._index):
                 return self.run(a, b, d)
         stream = _stream(self._index)
-        space = self._space(a, stream) if self.workspace else 0
+        space = _space(self._index, stream, self.workspace) if self.workspace else 0
         if status := self._run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
             _check(status, f"cusparseLtMatmul of {self.problem}")
         return d
 
-    def _space(self, a: Tensor, stream: int) -> int:
-        """The address of a workspace: one per stream, whose launches follow each other; a graph gets its own."""
-        if _capturing():
-            return a.new_empty(self.workspace).data_ptr()
-        if (found := self._spaces.get(stream)) is None:
-            found = self._spaces[stream] = a.new_empty(self.workspace)
-        return found.data_ptr()
+    def bind(self, a: Tensor, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """`run` as a function of B, which must lie on this plan's GPU and at an aligned address; D gets this shape."""
+        index, at, size, dtype, run = self._index, a.data_ptr(), self.workspace, self.problem.out, self._run
+        shape, strides = tuple(shape), torch.empty(shape, device="meta").stride()
+
+        def product(b: Tensor) -> Tensor:
+            if _current_device() != index:
+                with torch.cuda.device(index):
+                    return product(b)
+            d, stream = _empty(shape, strides, dtype), _stream(index)
+            space = _space(index, stream, size) if size else 0
+            if status := run(at, b.data_ptr(), d.data_ptr(), space, stream):
+                _check(status, f"cusparseLtMatmul of {self.problem}")
+            return d
+
+        return product
 
     def __del__(self) -> None:
         if hasattr(self, "workspace") and not sys.is_finalizing():
             library().cusparseLtMatmulPlanDestroy(self._plan.at)
+
+
+_spaces: dict[tuple[int, int], tuple[int, Tensor]] = {}  # bytes and workspace, by GPU and stream
+
+
+def _space(index: int, stream: int, size: int) -> int:
+    """The address of a workspace on the current GPU: one per stream, whose launches follow each other; a graph gets its
+    own."""
+    if _capturing():
+        return torch.empty(size, dtype=torch.uint8, device="cuda").data_ptr()
+    found = _spaces.get((index, stream))
+    if found is None or found[0] < size:
+        found = _spaces[index, stream] = size, torch.empty(size, dtype=torch.uint8, device="cuda")
+    return found[1].data_ptr()
 
 
 def _runner(handle: int, plan: int, numbers: int) -> Callable[[int, int, int, int, int], int]:
@@ -274,6 +297,9 @@ _current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.curre
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (  # pyright: ignore[reportAttributeAccessIssue]
+    lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 )
 
 
