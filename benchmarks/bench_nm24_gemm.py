@@ -5,9 +5,10 @@
 Under CUDA graphs, where every call takes the next of several copies of its weight, together over 150 MB. Baseline: the
 fastest of torch's dense products, in both orders of the operands. Summaries: "decode_geomean" over all shapes and 1 to
 64 tokens by `cuda_nm24`; "prefill_geomean" over shapes whose sides are 4,096 or more at 4,096 or more tokens by
-`cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of cuSPARSELt against `torch._scaled_mm` on the same;
-and "host_us", microseconds of the host for a call of `cuda_nm24_vendor` as a layer makes it; lines beside it say what
-the layer itself and the op through torch's dispatcher take, and torch's own dense product.
+`cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of cuSPARSELt against `torch._scaled_mm` on the same,
+with one scale and with scales of rows (variant); and "host_us", microseconds of the host for a call of
+`cuda_nm24_vendor` as a layer makes it; lines beside it say what the layer itself and the op through torch's dispatcher
+take, and torch's own dense product.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gossamer import cslt, cslt_search
+from gossamer import cslt, cslt_search, cuda_fp8
 from gossamer.cslt import Problem
 from gossamer.dispatch import Step
 from gossamer.formats.bitmask import Bitmask
@@ -192,7 +193,24 @@ def fp8(report: Report) -> None:
             dense = graphed([partial(scaled, x, w[0].mT) for w in copies([a])])[0]
             case = {"shape": [m, k], "tokens": n, "dtype": "float8_e4m3fn", "variant": "prefill, graph"}
             report.line(case, ours, spread, "torch._scaled_mm", dense, "fp8")
+            scales = torch.rand(n, 1, device="cuda") + 0.5, torch.rand(1, m, device="cuda") + 0.5
+            dense, (ours, spread) = fp8_rows(x, a, *scales)
+            report.line(
+                case | {"variant": "prefill, graph, scales of rows"}, ours, spread, "torch._scaled_mm", dense, "rows"
+            )
     report.geomean("fp8_geomean", {}, "fp8")
+    report.geomean("fp8_geomean", {"variant": "scales of rows"}, "rows")
+
+
+def fp8_rows(x: Tensor, a: Tensor, x_scale: Tensor, scale: Tensor) -> tuple[float, tuple[float, float]]:
+    """With a scale for every row of x [N, 1] and of A [1, M]: dense, and ours."""
+    scaled = partial(torch._scaled_mm, scale_a=x_scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    flat = x_scale.flatten(), scale.flatten()
+    packed = cslt.compress(a)
+    y, expected = cuda_fp8.multiply(x, flat[0], packed, flat[1])[:256], scaled(x, a.mT)[:256]
+    assert float((y.double() - expected.double()).norm() / expected.double().norm()) < 2e-2
+    ours = graphed([partial(cuda_fp8.multiply, x, flat[0], own[0], flat[1]) for own in copies([packed])])
+    return graphed([partial(scaled, x, own[0].mT) for own in copies([a])])[0], ours
 
 
 def host(report: Report) -> None:

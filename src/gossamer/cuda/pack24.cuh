@@ -43,7 +43,7 @@ __device__ inline void store32(u8* own, u8* other, const u32* words) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     kept[i] = odd ? words[4 + i] : words[i];
-    got[i] = __shfl_xor_sync(~0u, odd ? words[i] : words[4 + i], 1);
+    got[i] = __shfl_xor_sync(FULL, odd ? words[i] : words[4 + i], 1);
   }
   uint4* even = (uint4*)(odd ? other : own) + odd;
   uint4* next = (uint4*)(odd ? own : other) + odd;
