@@ -244,7 +244,7 @@ class Plan:
 
     def bind(self, a: Tensor, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """`run` as a function of B, which must lie on this plan's GPU and at an aligned address; D gets this shape."""
-        index, at, size, dtype, run = self._index, a.data_ptr(), self.workspace, self.problem.out, self._run
+        index, size, dtype, run = self._index, self.workspace, self.problem.out, self._run
         shape, strides = tuple(shape), torch.empty(shape, device="meta").stride()
 
         def product(b: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class Plan:
                     return product(b)
             d, stream = _empty(shape, strides, dtype), _stream(index)
             space = _space(index, stream, size) if size else 0
-            if status := run(at, b.data_ptr(), d.data_ptr(), space, stream):
+            if status := run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
                 _check(status, f"cusparseLtMatmul of {self.problem}")
             return d
 
