@@ -3,16 +3,19 @@
     python benchmarks/bench_ffn24.py --out FOLDER
 
 One micro-batch of 16,384 tokens an optimizer step, bfloat16. Pruning, compressing and the sampling of gradients are
-inside; of the search of the transposable masks, made every 40th step in FST, a fortieth. Summaries: "s_ste" (the
-forward product sparse), "transposable" (that and the gradient of the input), "fst" (all three) by {"d", "ff"}; "block":
-a whole block, attention included, with the best of them.
+inside; of the search of the transposable masks, made every 40th step in FST, a fortieth. All variants take turns, so
+that the GPU's clocks are the same for all. The dense block is compiled in two ways, whole and in two parts as the
+sparse one is, and the faster is the baseline. Summaries: "s_ste" (the forward product sparse), "transposable" (that and
+the gradient of the input), "fst" (all three) by {"d", "ff"}; "block": a whole block, attention included, with the best
+of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -56,11 +59,12 @@ class FeedForward(nn.Module):
         for w in (self.w_in, self.w_out):
             nn.init.normal_(w, std=0.02)
 
-    def sparse(self, recipe: Recipe | None) -> None:
-        self.recipe = recipe
-        weights = (self.w_in, self.w_out)
-        search = recipe in ("transposable", "fst")
-        self.masks = [cuda_patterns.transposable(w) if search else None for w in weights]
+    def sparse(self, recipe: Recipe) -> FeedForward:
+        """The same weights under this recipe."""
+        twin = copy.copy(self)
+        twin.recipe = recipe
+        twin.masks = [None if recipe == "s_ste" else cuda_patterns.transposable(w) for w in (self.w_in, self.w_out)]
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recipe is None:
@@ -96,23 +100,43 @@ class Block(nn.Module):
         x = self.attention(x)
         return x + self.ffn(self.norm(x))
 
+    def with_ffn(self, ffn: nn.Module) -> Block:
+        """The same block around another feed-forward block."""
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"ffn": ffn}
+        return twin
 
-def seconds(run: Callable[[], object], rounds: int = 5, calls: int = 3) -> tuple[float, float]:
-    """Median seconds of a call on the GPU, and interquartile range / median; behind a wait, so launches queue up."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(20_000_000)
-        begin.record()
-        for _ in range(calls):
+
+class Apart(nn.Module):
+    """A module compiled by itself, which the compiler leaves alone in another."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.run = compiled(module)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def seconds(runs: Sequence[Callable[[], object]], rounds: int = 7, calls: int = 3) -> list[tuple[float, float]]:
+    """Of each, median seconds of a call on the GPU, and interquartile range / median; behind a wait, so launches queue
+    up. They take turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(rounds + 1):
+        for run, own in zip(runs, times, strict=True):
             run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / calls)
-    low, median, high = statistics.quantiles(times, n=4)
-    return median, (high - low) / median
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(20_000_000)
+            begin.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            end.synchronize()
+            if turn:  # the first warms up
+                own.append(begin.elapsed_time(end) / 1e3 / calls)
+    quartiles = [statistics.quantiles(own, n=4) for own in times]
+    return [(median, (high - low) / median) for low, median, high in quartiles]
 
 
 def training(module: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor, dy: Tensor) -> Callable:
@@ -125,9 +149,15 @@ def training(module: Callable[[Tensor], Tensor], parameters: list[nn.Parameter],
     return step
 
 
+def compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(module, dynamic=False)
+
+
 def search_time(ffn: FeedForward) -> float:
-    weights = ffn.w_in, ffn.w_out
-    return seconds(lambda: [cuda_patterns.transposable(w) for w in weights])[0] / REFRESH
+    """Of the masks, the share of a step."""
+    if ffn.recipe == "s_ste":
+        return 0.0
+    return seconds([lambda: [cuda_patterns.transposable(w) for w in (ffn.w_in, ffn.w_out)]])[0][0] / REFRESH
 
 
 def checked(ffn: FeedForward, x: Tensor) -> None:
@@ -156,34 +186,36 @@ class Report:
         append(self.path, line | {"unit": "x", "n": n} | environment("cuda"))
 
 
+def batch(size: Size) -> tuple[Tensor, Tensor]:
+    """x and the gradient of y."""
+    x = torch.randn(TOKENS // SEQUENCE, SEQUENCE, size.d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    return x, torch.randn_like(x)
+
+
 def feed_forward(report: Report, size: Size) -> Recipe:
     """Every recipe; gives the best."""
-    ffn = FeedForward(size).to("cuda", torch.bfloat16)
-    x = torch.randn(TOKENS // SEQUENCE, SEQUENCE, size.d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dy, parameters = torch.randn_like(x), list(ffn.parameters())
-    dense = seconds(training(torch.compile(ffn, dynamic=False), parameters, x, dy))[0]
+    ffn, (x, dy) = FeedForward(size).to("cuda", torch.bfloat16), batch(size)
+    sparse = {recipe: ffn.sparse(recipe) for recipe in get_args(Recipe)}
+    for own in sparse.values():
+        checked(own, x)
+    modules = [compiled(ffn), *sparse.values()]
+    (dense, _), *measured = seconds([training(m, list(ffn.parameters()), x, dy) for m in modules])
     found: dict[Recipe, float] = {}
-    for recipe in get_args(Recipe):
-        ffn.sparse(recipe)
-        checked(ffn, x)
-        ours, spread = seconds(training(ffn, parameters, x, dy))
-        ours += search_time(ffn) if recipe != "s_ste" else 0
-        report.line(recipe, size, ours, spread, dense, {})
-        report.summary(recipe, {"d": size.d, "ff": size.ff}, dense / ours, 1)
-        found[recipe] = ours
+    for (recipe, own), (ours, spread) in zip(sparse.items(), measured, strict=True):
+        found[recipe] = ours + search_time(own)
+        report.line(recipe, size, found[recipe], spread, dense, {})
+        report.summary(recipe, {"d": size.d, "ff": size.ff}, dense / found[recipe], 1)
     return min(found, key=found.__getitem__)
 
 
-def block(report: Report, size: Size, recipe: Recipe) -> float:
-    model = Block(size).to("cuda", torch.bfloat16)
-    x = torch.randn(TOKENS // SEQUENCE, SEQUENCE, size.d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dy, parameters = torch.randn_like(x), list(model.parameters())
-    dense = seconds(training(torch.compile(model, dynamic=False), parameters, x, dy))[0]
-    model.ffn.sparse(recipe)
-    ours, spread = seconds(training(torch.compile(model, dynamic=False), parameters, x, dy))
-    ours += search_time(model.ffn) if recipe != "s_ste" else 0
-    report.line("block", size, ours, spread, dense, {"recipe": recipe})
-    return dense / ours
+def block(report: Report, size: Size, recipe: Recipe) -> None:
+    model, (x, dy) = Block(size).to("cuda", torch.bfloat16), batch(size)
+    sparse = model.ffn.sparse(recipe)
+    modules = [compiled(m) for m in (model, model.with_ffn(Apart(model.ffn)), model.with_ffn(sparse))]
+    *dense, (ours, spread) = seconds([training(m, list(model.parameters()), x, dy) for m in modules])
+    ours, best = ours + search_time(sparse), min(median for median, _ in dense)
+    report.line("block", size, ours, spread, best, {"recipe": recipe})
+    report.summary("block", {"d": size.d, "ff": size.ff}, best / ours, 1)
 
 
 def main() -> None:
@@ -193,9 +225,7 @@ def main() -> None:
     torch.manual_seed(0)
     report = Report(args.out / "ffn24.jsonl")
     for size in SIZES:
-        best = feed_forward(report, size)
-        ratio = block(report, size, best)
-        report.summary("block", {"d": size.d, "ff": size.ff}, ratio, 1)
+        block(report, size, feed_forward(report, size))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@
 Under CUDA graphs, where every call takes the next of several copies of its weight, together over 150 MB. Baseline: the
 fastest of torch's dense products, in both orders of the operands. Summaries: "decode_geomean" over all shapes and 1 to
 64 tokens by `cuda_nm24`; "prefill_geomean" over shapes whose sides are 4,096 or more at 4,096 or more tokens by
-`cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of cuSPARSELt against `torch._scaled_mm` on the same;
-and "host_us", microseconds of the host for a call of `cuda_nm24_vendor`, from `run` to return.
+`cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of cuSPARSELt against `torch._scaled_mm` on the same,
+with one scale and with scales of rows (variant); and "host_us", microseconds of the host for a call of
+`cuda_nm24_vendor` as a layer makes it; lines beside it say what the layer itself and the op through torch's dispatcher
+take, and torch's own dense product.
 """
 
 from __future__ import annotations
@@ -23,20 +25,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gossamer import cslt, cslt_search
+from gossamer import cslt, cslt_search, cuda_fp8
 from gossamer.cslt import Problem
+from gossamer.dispatch import Step
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Kernel
 from gossamer.kernels.cuda_lscd import CudaLscd
 from gossamer.kernels.cuda_nm24 import CudaNm24
 from gossamer.kernels.cuda_nm24_vendor import CudaNm24Vendor
+from gossamer.nn import SparseLinear
 from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192, 16384)
 LARGE = 4096
+ROUNDS = 40  # of 50 calls, of which the host's time is taken
 COLD_BYTES = 150 << 20
 MUST = {"decode_geomean": 1.35, "prefill_geomean": 1.42, "fp8_geomean": 1.25, "host_us": 15.0}
 TOLERANCE = 4e-3  # relative (Frobenius), of two products in bfloat16
@@ -188,20 +193,62 @@ def fp8(report: Report) -> None:
             dense = graphed([partial(scaled, x, w[0].mT) for w in copies([a])])[0]
             case = {"shape": [m, k], "tokens": n, "dtype": "float8_e4m3fn", "variant": "prefill, graph"}
             report.line(case, ours, spread, "torch._scaled_mm", dense, "fp8")
+            scales = torch.rand(n, 1, device="cuda") + 0.5, torch.rand(1, m, device="cuda") + 0.5
+            dense, (ours, spread) = fp8_rows(x, a, *scales)
+            report.line(
+                case | {"variant": "prefill, graph, scales of rows"}, ours, spread, "torch._scaled_mm", dense, "rows"
+            )
     report.geomean("fp8_geomean", {}, "fp8")
+    report.geomean("fp8_geomean", {"variant": "scales of rows"}, "rows")
+
+
+def fp8_rows(x: Tensor, a: Tensor, x_scale: Tensor, scale: Tensor) -> tuple[float, tuple[float, float]]:
+    """With a scale for every row of x [N, 1] and of A [1, M]: dense, and ours."""
+    scaled = partial(torch._scaled_mm, scale_a=x_scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    flat = x_scale.flatten(), scale.flatten()
+    packed = cslt.compress(a)
+    y, expected = cuda_fp8.multiply(x, flat[0], packed, flat[1])[:256], scaled(x, a.mT)[:256]
+    assert float((y.double() - expected.double()).norm() / expected.double().norm()) < 2e-2
+    ours = graphed([partial(cuda_fp8.multiply, x, flat[0], own[0], flat[1]) for own in copies([packed])])
+    return graphed([partial(scaled, x, own[0].mT) for own in copies([a])])[0], ours
 
 
 def host(report: Report) -> None:
+    """Of a call as a layer makes it, and what else there is: torch's own dense one, the layer around it, the op."""
     a = two_of_four(4096, 4096)
     packed, x = CudaNm24Vendor.pack(NM.encode(a), a.dtype), torch.randn(512, 4096, device="cuda", dtype=a.dtype)
+    call = CudaNm24Vendor.bind(packed.tensors, packed.meta, None)
+    checked(call(x), a, x)
+    layer = SparseLinear.from_format(NM.encode(a))
+    stored = layer.parts()
+    layer.use(a.dtype, [(512, (Step(CudaNm24Vendor.name, (len(stored),), packed.meta),))], packed.tensors)
+    calls: dict[str, Call] = {
+        "call": partial(call, x),
+        "layer": partial(layer, x),
+        "op": partial(torch.ops.gossamer.linear, x, [*stored, *packed.tensors], layer.layout, None),
+        "dense": partial(linear, x, a),
+    }
+    with torch.inference_mode():
+        found = {name: host_us(call) for name, call in calls.items()}
+    dense, _ = found.pop("dense")
+    for name, (ours, spread) in found.items():
+        case = {"shape": [4096, 4096], "tokens": 512, "dtype": "bfloat16", "variant": f"host, {name}"}
+        report.line(case, ours, spread, "torch.nn.functional.linear", dense)
+    report.summary("host_us", {}, found["call"][0], ROUNDS, "us", "<=")
+
+
+def host_us(call: Call) -> tuple[float, float]:
+    """Median microseconds of the host's until a call returns, and interquartile range / median; few enough wait."""
     rounds = []
-    for _ in range(20):
+    for turn in range(ROUNDS + 1):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(50):
-            CudaNm24Vendor.run(x, packed.tensors, packed.meta, None)
-        rounds.append((time.perf_counter() - begin) / 50 * 1e6)
-    report.summary("host_us", {}, statistics.median(rounds), len(rounds), "us", "<=")
+            call()
+        if turn:
+            rounds.append((time.perf_counter() - begin) / 50 * 1e6)
+    low, median, high = statistics.quantiles(rounds, n=4)
+    return median, (high - low) / median
 
 
 PARTS = {"host": host, "decode": decode, "prefill": prefill, "fp8": fp8}

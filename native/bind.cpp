@@ -45,5 +45,7 @@ NB_MODULE(_native, m) {
         "Moves memory onto huge pages without changing its address; False where the system would not.");
   m.def("cuda_launch", cuda_launch, "launch"_a, "function"_a, "kinds"_a, "stream"_a, "shared"_a, "grid"_a, "block"_a,
         "values"_a, "cuLaunchKernel, which lies at the address `launch`; its error, 0 if none.");
+  m.def("cslt_matmul", cslt_matmul, "matmul"_a, "handle"_a, "plan"_a, "numbers"_a, "a"_a, "b"_a, "d"_a, "space"_a,
+        "stream"_a, "cusparseLtMatmul, which lies at the address `matmul`, with C = D; its status, 0 if all is well.");
   m.def("threads_of", threads_of, "Whose threads do the work: openmp (those of torch) or threads (made for the call).");
 }

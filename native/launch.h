@@ -48,4 +48,16 @@ inline int cuda_launch(uintptr_t launch, uintptr_t function, const char* kinds, 
                                           sizes[4], sizes[5], shared, reinterpret_cast<void*>(stream), table, nullptr);
 }
 
+// cusparseLtMatmul, which lies at the address `matmul`, with C = D on one stream. `numbers`: alpha and beta, floats.
+inline int cslt_matmul(uintptr_t matmul, uintptr_t handle, uintptr_t plan, uintptr_t numbers, uintptr_t a, uintptr_t b,
+                       uintptr_t d, uintptr_t space, uintptr_t stream) {
+  using Matmul = int (*)(const void*, const void*, const void*, const void*, const void*, const void*, const void*,
+                         void*, void*, void**, int32_t);
+  const auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  void* streams[1] = {at(stream)};
+  const nanobind::gil_scoped_release nogil;
+  return reinterpret_cast<Matmul>(matmul)(at(handle), at(plan), at(numbers), at(a), at(b), at(numbers + sizeof(float)),
+                                          at(d), at(d), at(space), streams, 1);
+}
+
 }  // namespace gossamer

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -21,9 +22,11 @@ struct Index {
 };
 thread_local Index threadIdx, blockIdx;
 static std::barrier<>* block_barrier;
+static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline int __ffs(unsigned x) { return __builtin_ffs(x); }
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
@@ -39,9 +42,21 @@ inline uint16_t narrow(float value) {
   return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int by) {
+  static unsigned slots[1024];
+  auto& barrier = *warp_barriers[threadIdx.x / 32];
+  slots[threadIdx.x] = value;
+  barrier.arrive_and_wait();
+  value = slots[threadIdx.x ^ by];
+  barrier.arrive_and_wait();
+  return value;
+}
+
 template <class Kernel> void launch(unsigned wide, unsigned high, unsigned threads, Kernel kernel) {
   std::barrier<> barrier(threads);
   block_barrier = &barrier;
+  warp_barriers.clear();
+  for (unsigned i = 0; i < threads; i += 32) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
   std::vector<std::thread> running;
   for (unsigned i = 0; i < threads; ++i)
     running.emplace_back([=, &barrier] {

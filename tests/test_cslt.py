@@ -1,5 +1,7 @@
 """cuSPARSELt: what can be said without a GPU; with one every layout of operands, graphs and wrong algorithms."""
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,27 @@ def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cslt.library()
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_product_hands_the_library_what_it_was_given(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
+    """Through the native module, and without it through ctypes; the library is a function of ours."""
+    ct, seen = ctypes, []
+
+    @ct.CFUNCTYPE(ct.c_int, *[ct.c_void_p] * 10, ct.c_int32)
+    def entry(*args: int) -> int:
+        seen.append((*args[:9], ct.c_void_p.from_address(args[9]).value, args[10]))
+        return 7
+
+    class Library:
+        cusparseLtMatmul = entry
+
+    monkeypatch.setattr(cslt, "library", Library)
+    monkeypatch.setattr(cslt.native, "available", lambda: built)
+    high = 0x7FFF_1234_5678_9A00  # an address that no 32-bit argument holds
+    handle, plan, numbers, a, b, d, space, stream = (high + 16 * i for i in range(8))
+    assert cslt._runner(handle, plan, numbers)(a, b, d, space, stream) == 7
+    assert seen == [(handle, plan, numbers, a, b, numbers + 4, d, d, space, stream, 1)]
+
+
 class _Anything:
     def __getattr__(self, name: str) -> "_Anything":
         return self
@@ -67,6 +90,8 @@ def test_without_an_algorithm_that_is_right_a_layer_runs_dense() -> None:
     a, x = torch.randn(16, 32).bfloat16(), torch.randn(3, 32).bfloat16()
     meta = {"rows": 16, "cols": 32, "bf16": True, "algorithms": []}
     assert torch.equal(CudaNm24Vendor.run(x, [a], meta, None), x @ a.mT)
+    call = CudaNm24Vendor.bind([a], meta, None)
+    assert all(torch.equal(call(y), y @ a.mT) for y in (x, x, x[:2]))
 
 
 def test_the_prefill_kernel_refuses() -> None:
@@ -149,6 +174,34 @@ def test_the_prefill_kernel(tokens: int) -> None:
     expected = x.double() @ a.double().mT
     assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, None), expected) < 1e-2
     assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, bias), expected + bias.double()) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_prefill_kernel_bound(with_bias: bool) -> None:
+    """Shapes that come back, x that the library cannot take as it lies, another stream, a graph."""
+    a = torch.where(patterns.nm(torch.rand(256, 320)), torch.randn(256, 320), 0).bfloat16().cuda()
+    packed, bias = CudaNm24Vendor.pack(NM.encode(a), B), torch.randn(256, device="cuda", dtype=B) * with_bias
+    call = CudaNm24Vendor.bind(packed.tensors, packed.meta, bias if with_bias else None)
+
+    def check(x: Tensor) -> None:
+        y = call(x)
+        assert y.shape == (*x.shape[:-1], 256) and error(y, x.double() @ a.double().mT + bias.double()) < 1e-2
+
+    x = torch.randn(2, 512, 320, device="cuda", dtype=B)
+    for _ in range(2):
+        for part in (x, x[0], x[0, :131], x[:, :128], x[0].mT.contiguous().mT):
+            check(part)
+        odd = torch.randn(128 * 320 + 1, device="cuda", dtype=B)[1:].view(128, 320)
+        check(odd)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            check(torch.randn(512, 320, device="cuda", dtype=B))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(x)
+    x.normal_()
+    graph.replay()
+    assert error(y, x.double() @ a.double().mT + bias.double()) < 1e-2
 
 
 @pytest.mark.gpu

@@ -107,6 +107,13 @@ def cuda_launch(
 ) -> int:
     """cuLaunchKernel, which lies at the address `launch`; its error, 0 if none."""
 
+def cslt_matmul(
+    matmul: int, handle: int, plan: int, numbers: int, a: int, b: int, d: int, space: int, stream: int
+) -> int:
+    """
+    cusparseLtMatmul, which lies at the address `matmul`, with C = D; its status, 0 if all is well.
+    """
+
 def threads_of() -> str:
     """
     Whose threads do the work: openmp (those of torch) or threads (made for the call).

@@ -12,12 +12,15 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import native
 
 OLDEST = (0, 8)  # its structures have 512 bytes
 NAME = "cusparseLt.dll" if os.name == "nt" else "libcusparseLt.so.0"
@@ -193,10 +196,9 @@ class Plan:
             size = ctypes.c_size_t()
             _call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
         self.workspace = size.value
-        self._one = (ctypes.c_float * 2)(1.0, 0.0)
-        self._alpha, self._beta = ctypes.addressof(self._one), ctypes.addressof(self._one) + 4
-        self._index, self._at, self._spaces = index, self._plan.at, dict[int, Tensor]()
-        self._run = library().cusparseLtMatmul
+        self._numbers = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
+        self._index = index
+        self._run = _runner(self._handle, self._plan.at, ctypes.addressof(self._numbers))
 
     def _describe(self, p: Problem) -> None:
         sparse = p.rows, p.depth, p.depth, ALIGNMENT, TYPES[p.dtype], ROWS
@@ -234,33 +236,70 @@ class Plan:
         if _current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(a, b, d)
-        stream = ctypes.c_void_p(_stream(self._index))
-        space = self._space(a, stream.value or 0) if self.workspace else None
-        where = d.data_ptr()
-        operands = self._alpha, a.data_ptr(), b.data_ptr(), self._beta, where, where, space, _address(stream)
-        if status := self._run(self._handle, self._at, *operands, 1):
+        stream = _stream(self._index)
+        space = _space(self._index, stream, self.workspace) if self.workspace else 0
+        if status := self._run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
             _check(status, f"cusparseLtMatmul of {self.problem}")
         return d
 
-    def _space(self, a: Tensor, stream: int) -> int:
-        """The address of a workspace: one per stream, whose launches follow each other; a graph gets its own."""
-        if _capturing():
-            return a.new_empty(self.workspace).data_ptr()
-        if (found := self._spaces.get(stream)) is None:
-            found = self._spaces[stream] = a.new_empty(self.workspace)
-        return found.data_ptr()
+    def bind(self, a: Tensor, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """`run` as a function of B, which must lie on this plan's GPU and at an aligned address; D gets this shape."""
+        index, size, dtype, run = self._index, self.workspace, self.problem.out, self._run
+        shape, strides = tuple(shape), torch.empty(shape, device="meta").stride()
+
+        def product(b: Tensor) -> Tensor:
+            if _current_device() != index:
+                with torch.cuda.device(index):
+                    return product(b)
+            d, stream = _empty(shape, strides, dtype), _stream(index)
+            space = _space(index, stream, size) if size else 0
+            if status := run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
+                _check(status, f"cusparseLtMatmul of {self.problem}")
+            return d
+
+        return product
 
     def __del__(self) -> None:
         if hasattr(self, "workspace") and not sys.is_finalizing():
             library().cusparseLtMatmulPlanDestroy(self._plan.at)
 
 
-_address = ctypes.addressof
+_spaces: dict[tuple[int, int], tuple[int, Tensor]] = {}  # bytes and workspace, by GPU and stream
+
+
+def _space(index: int, stream: int, size: int) -> int:
+    """The address of a workspace on the current GPU: one per stream, whose launches follow each other; a graph gets its
+    own."""
+    if _capturing():
+        return torch.empty(size, dtype=torch.uint8, device="cuda").data_ptr()
+    found = _spaces.get((index, stream))
+    if found is None or found[0] < size:
+        found = _spaces[index, stream] = size, torch.empty(size, dtype=torch.uint8, device="cuda")
+    return found[1].data_ptr()
+
+
+def _runner(handle: int, plan: int, numbers: int) -> Callable[[int, int, int, int, int], int]:
+    """(A, B, D, workspace, stream) -> status of the product of a plan, all of them addresses."""
+    matmul = library().cusparseLtMatmul
+    if native.available():
+        at = ctypes.cast(matmul, ctypes.c_void_p).value
+        return partial(native.require().cslt_matmul, at, handle, plan, numbers)
+
+    def run(a: int, b: int, d: int, space: int, stream: int) -> int:
+        streams = ctypes.c_void_p(stream)
+        return matmul(handle, plan, numbers, a, b, numbers + 4, d, d, space, ctypes.addressof(streams), 1)
+
+    return run
+
+
 # What torch's own generated code calls; a build without CUDA lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
 _capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None) or torch.cuda.is_current_stream_capturing
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+_empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (  # pyright: ignore[reportAttributeAccessIssue]
+    lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
 )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cslt, nvrtc
-from .patterns import hard24, mvue24, soft24
+from .patterns import hard24, mvue24, mvue24_exact, soft24
 
 TILE = 64
 Kind = Literal["hard", "soft"]
@@ -35,8 +35,10 @@ def _search(bf16: bool) -> nvrtc.Function:
     return _function("pack24_tiles.cuh", "search24", "PPqq", BF16=bf16)
 
 
-def _act(entry: str, args: str, bf16: bool, act: int, gated: bool, given: bool = False) -> nvrtc.Function:
-    return _function("act24.cuh", entry, args, BF16=bf16, ACT=act, GATED=gated, GIVEN=given)
+def _act(
+    entry: str, args: str, bf16: bool, act: int, gated: bool, exact: bool = True, given: bool = False
+) -> nvrtc.Function:
+    return _function("act24.cuh", entry, args, BF16=bf16, ACT=act, GATED=gated, EXACT=exact, GIVEN=given)
 
 
 _forward, _back = partial(_act, "act24", "PPqq"), partial(_act, "act24_back", "PPPqq")
@@ -55,7 +57,8 @@ VARIANTS = (
     _tiles(True),
     _search(True),
     *(entry(act == 1, act, act == 1) for entry in (_forward, _back, _mvue) for act in (1, 2)),
-    _mvue(True, 0, False, True),
+    _mvue(True, 0, False, True, True),
+    _mvue(True, 0, False, False),
 )
 
 
@@ -120,9 +123,9 @@ def _prune_rows(w: Tensor, kind: Kind, scale: Tensor | None, dense: bool) -> tup
     out, pruned = _packed(rows, cols, w), torch.empty_like(w) if dense else None
     function = _rows(w.dtype == torch.bfloat16, kind == "soft", dense)
     none = _none(w.device)
-    grid = -(-rows * cols // 64 // 256), 1, 1
+    grid = rows * cols // TILE // TILE, 1, 1
     scale = none if scale is None else scale.float()
-    function.launch(grid, (256, 1, 1), w, scale, out, none if pruned is None else pruned, rows, cols)
+    function.launch(grid, (64, 1, 1), w, scale, out, none if pruned is None else pruned, rows, cols)
     return out, pruned
 
 
@@ -160,18 +163,22 @@ def compressed_both(w: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return out, out_t
 
 
-def estimate_t(g: Tensor, uniforms: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """An unbiased 2:4 estimate of g^T, compressed; g [tokens, N]. The compressed twin of `patterns.mvue24(g.mT)`.
+def estimate_t(
+    g: Tensor, uniforms: Tensor | None = None, generator: torch.Generator | None = None, exact: bool = True
+) -> Tensor:
+    """An unbiased 2:4 estimate of g^T, compressed; g [tokens, N]. The compressed twin of `patterns.mvue24_exact(g.mT)`.
 
-    `uniforms`: float32 [N, tokens / 4, 2] as `patterns.uniforms24` makes them; where None they are drawn in the kernel,
-    from one number of the generator.
+    Not `exact`: of `patterns.mvue24`, the papers' approximation, which has more variance and takes longer. `uniforms`:
+    float32 [N, tokens / 4, 2] as `patterns.uniforms24` makes them; where None they are drawn in the kernel, from one
+    number of the generator.
     """
     g = g.detach().contiguous()
     if refusal(g):
-        return cslt.compress(mvue24(g.mT.contiguous(), uniforms, generator))
+        estimator = mvue24_exact if exact else mvue24
+        return cslt.compress(estimator(g.mT.contiguous(), uniforms, generator))
     tokens, wide = g.shape
     out, none = _packed(wide, tokens, g), _none(g.device)
-    kernel = _mvue(g.dtype == torch.bfloat16, 0, False, uniforms is not None)
+    kernel = _mvue(g.dtype == torch.bfloat16, 0, False, exact, uniforms is not None)
     seed = none if uniforms is not None else _seed(g.device, generator)
     given = none if uniforms is None else uniforms.float().contiguous()
     kernel.launch((wide // TILE, tokens // TILE, 1), (64, 1, 1), none, g, none, out, seed, given, tokens, wide)
@@ -183,7 +190,7 @@ def activate(z: Tensor, act: Act, gated: bool) -> Tensor:
     tokens, wide = z.shape[0], z.shape[1] // (1 + gated)
     h = torch.empty(tokens, wide, dtype=z.dtype, device=z.device)
     kernel = _forward(z.dtype == torch.bfloat16, ACTS[act], gated)
-    kernel.launch((-(-tokens * wide // 2048), 1, 1), (256, 1, 1), z, h, tokens, wide)
+    kernel.launch(_grid(tokens, wide), (256, 1, 1), z, h, tokens, wide)
     return h
 
 
@@ -198,11 +205,15 @@ def activate_backward(
     dz = torch.empty_like(z)
     kind = z.dtype == torch.bfloat16, ACTS[act], gated
     if not estimate:
-        _back(*kind).launch((-(-tokens * wide // 2048), 1, 1), (256, 1, 1), z, dh, dz, tokens, wide)
+        _back(*kind).launch(_grid(tokens, wide), (256, 1, 1), z, dh, dz, tokens, wide)
         return dz, None
     out, seed, grid = _packed(z.shape[1], tokens, z), _seed(z.device, generator), (wide // TILE, tokens // TILE, 1)
-    _mvue(*kind).launch(grid, (64, 1, 1), z, dh, dz, out, seed, _none(z.device), tokens, wide)
+    _mvue(*kind).launch(grid, (64 * (1 + gated), 1, 1), z, dh, dz, out, seed, _none(z.device), tokens, wide)
     return dz, out
+
+
+def _grid(tokens: int, wide: int) -> tuple[int, int, int]:
+    return tokens, -(-wide // 2048), 1
 
 
 def _require(w: Tensor, name: str) -> None:

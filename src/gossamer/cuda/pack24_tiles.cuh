@@ -44,6 +44,12 @@ template <int I> __device__ inline void try_mask(const float (&sums)[4][6], floa
   if constexpr (I + 1 < 90) try_mask<I + 1>(sums, best, chosen);
 }
 
+// Not less than nothing, NaN above all.
+__device__ inline float magnitude(u16 bits) {
+  const float a = fabsf(widen(bits));
+  return a == a ? a : __int_as_float(0x7f800000);
+}
+
 // A thread takes two tiles side by side. Grid: ceil(rows / 4 * cols / 8 / 128), block 128.
 extern "C" __global__ void __launch_bounds__(128) search24(const u16* w, u16* masks, i64 rows, i64 cols) {
   const i64 i = (i64)blockIdx.x * 128 + threadIdx.x, wide = cols / 8, row = i / wide * 4, col = i % wide * 8;
@@ -68,49 +74,64 @@ extern "C" __global__ void __launch_bounds__(128) search24(const u16* w, u16* ma
   *(u32*)(masks + row / 4 * (cols / 4) + col / 4) = found[0] | found[1] << 16;
 }
 
+// Four nibbles, one a row -> those of the columns.
+__device__ inline u32 turned(u32 nibbles) {
+  u32 x = 0, t;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) x |= bits_of(nibbles >> i & 15) << i;
+  t = (x ^ x >> 3) & 0x0a0a, x ^= t ^ t << 3;
+  t = (x ^ x >> 6) & 0x00cc, x ^= t ^ t << 6;  // the bits of a column side by side
+  u32 found = 0;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) found |= nibble_of(x >> i & 15) << i;
+  return found;
+}
+
+// The rows of the tile, or with T its columns. `kept`: nibbles by tiles of 4 x 4, in the same order.
+template <bool T> __device__ inline Unit unit_of(const u16* tile, const u16 (&kept)[16][16], int line, int wide) {
+  constexpr int DOWN = T ? 1 : PITCH, ALONG = T ? PITCH : 1;
+  Unit packed = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    alignas(16) u16 codes[8];
+    *(uint4*)codes = *(const uint4*)&kept[line / 4 + 2 * half][wide / 4];
+#pragma unroll
+    for (int g = 0; g < 8; ++g) {
+      const u32 nibble = codes[g] >> 4 * (line % 4) & 15;
+      const u16* from = tile + (line + 8 * half) * DOWN + (wide + 4 * g) * ALONG;
+      const u32 low = plain_zero(from[(nibble & 3) * ALONG]), high = plain_zero(from[(nibble >> 2) * ALONG]);
+      packed.put(half, g, {low | high << 16, nibble});
+    }
+  }
+  return packed;
+}
+
 // A block takes 64 x 64; one half of its threads compresses the rows, the other the columns. Grid: (cols / 64, rows /
 // 64), block 128.
 extern "C" __global__ void __launch_bounds__(128)
     pack24_tiles(const u16* w, const u16* masks, u8* out, u8* out_t, i64 rows, i64 cols) {
   __shared__ __align__(16) u16 tile[64 * PITCH];
-  __shared__ u16 kept[16][16];
+  __shared__ __align__(16) u16 kept[16][16];
+  __shared__ __align__(16) u16 kept_t[16][16];
   const i64 top = (i64)blockIdx.y * 64, left = (i64)blockIdx.x * 64;
   const int thread = threadIdx.x;
-  for (int i = thread; i < 256; i += 128) kept[i / 16][i % 16] = masks[(top / 4 + i / 16) * (cols / 4) + left / 4 + i % 16];
 #pragma unroll
-  for (int i = thread; i < 512; i += 128) {
+  for (int j = 0; j < 4; ++j) {
+    const int i = thread + 128 * j;
     const uint4 piece = *(const uint4*)(w + (top + i / 8) * cols + left + i % 8 * 8);
     u32* to = (u32*)(tile + i / 8 * PITCH + i % 8 * 8);
     to[0] = piece.x, to[1] = piece.y, to[2] = piece.z, to[3] = piece.w;
   }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = thread + 128 * j;
+    const u16 code = masks[(top / 4 + i / 16) * (cols / 4) + left / 4 + i % 16];
+    kept[i / 16][i % 16] = code, kept_t[i % 16][i / 16] = turned(code);
+  }
   __syncthreads();
   const int unit = thread % 64, wide = unit / 32 * 32, line = unit / 8 % 4 * 16 + unit % 8;
-  Unit packed = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int g = 0; g < 8; ++g) {
-      const int row = line + 8 * half, col = wide + 4 * g;
-      Four v;
-      u32 nibble;
-      if (thread < 64) {
-        nibble = kept[row / 4][col / 4] >> 4 * (row % 4) & 15;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = tile[row * PITCH + col + i];
-      } else {
-        const u32 mask = kept[col / 4][row / 4];
-        u32 bits = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          v[i] = tile[(col + i) * PITCH + row];
-          bits |= (bits_of(mask >> 4 * i & 15) >> row % 4 & 1) << i;
-        }
-        nibble = nibble_of(bits);
-      }
-      packed.put(half, g, pick(v, nibble));
-    }
-  if (thread < 64)
-    packed.store(out, top + line, left + wide, rows, cols);
-  else
-    packed.store(out_t, left + line, top + wide, cols, rows);
+  const bool turn = thread >= 64;
+  const Unit packed = turn ? unit_of<true>(tile, kept_t, line, wide) : unit_of<false>(tile, kept, line, wide);
+  const i64 row = turn ? left : top, col = turn ? top : left, high = turn ? cols : rows, across = turn ? rows : cols;
+  packed.store<true>(turn ? out_t : out, row + line, col + wide, high, across);
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ _ready: dict[tuple, cslt.Plan] = {}  # for x as the library takes it, without a 
 VARIANTS = ()  # the library's kernels are not ours to compile
 SIZES = (512, 1024, 2048, 4096, 16384)  # tokens for which an algorithm is looked for; others go with the next
 MIN_TOKENS = 128
+MAX_SHAPES = 64  # of x, that a layer keeps the short way for
 
 
 class CudaNm24Vendor(Kernel):
@@ -58,7 +59,7 @@ class CudaNm24Vendor(Kernel):
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         key = x.shape, x.dtype, x.get_device(), meta["rows"], meta["cols"], meta["bf16"]
-        if bias is None and (plan := _ready.get(key)) and x.is_contiguous() and x.data_ptr() % 16 == 0:
+        if bias is None and (plan := _ready.get(key)) and x.is_contiguous() and x.data_ptr() % cslt.ALIGNMENT == 0:
             return plan.run(packed[0], x, x.new_empty(x.shape[0], meta["rows"]))
         flat = rows_of(cls.name, x, meta)
         if not meta["algorithms"]:
@@ -68,19 +69,35 @@ class CudaNm24Vendor(Kernel):
             flat = pad(flat, (0, 0, 0, -tokens % 8))
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
-        plan = _plan(meta, flat.shape[0], 0 if bias is None else bias.data_ptr(), x.get_device())
-        if bias is None and flat.shape == x.shape:
-            if len(_ready) >= cslt.MAX_PLANS:
-                _ready.clear()
+        plan = _plan(meta, flat.shape[0], bias, x.get_device())
+        if bias is None and flat.shape == x.shape and len(_ready) < cslt.MAX_PLANS:
             _ready[key] = plan
         y = plan.run(packed[0], flat, x.new_empty(flat.shape[0], rows))
         return (y if len(y) == tokens else y[:tokens]).view(*x.shape[:-1], rows)
 
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        a, dtype, ready = packed[0], dtype_of(meta), dict[torch.Size, Callable[[Tensor], Tensor]]()
+        index, bias = a.get_device(), None if bias is None else bias.to(dtype).contiguous()
 
-def _plan(meta: dict[str, Any], tokens: int, bias: int, index: int) -> cslt.Plan:
-    """The plan of a layer for so many tokens, a multiple of 8. `bias`: its address, or 0."""
+        def product(x: Tensor) -> Tensor:
+            call = ready.get(x.shape)
+            if call and x.is_contiguous() and x.data_ptr() % cslt.ALIGNMENT == 0 and x.get_device() == index:
+                return call(x)
+            y = cls.run(x, packed, meta, bias)
+            tokens = y.numel() // meta["rows"]
+            if meta["algorithms"] and tokens % 8 == 0 and len(ready) < MAX_SHAPES:
+                ready[x.shape] = _plan(meta, tokens, bias, index).bind(a, y.shape)
+            return y
+
+        return product
+
+
+def _plan(meta: dict[str, Any], tokens: int, bias: Tensor | None, index: int) -> cslt.Plan:
+    """The plan of a layer for so many tokens, a multiple of 8."""
     dtype, found = dtype_of(meta), _choice(meta["algorithms"], tokens)
-    return cslt.plan(Problem(meta["rows"], meta["cols"], tokens, dtype, dtype, bias=bias), found, index)
+    problem = Problem(meta["rows"], meta["cols"], tokens, dtype, dtype, bias=0 if bias is None else bias.data_ptr())
+    return cslt.plan(problem, found, index)
 
 
 def _choice(algorithms: Sequence[Sequence[int]], tokens: int) -> Algorithm:

@@ -17,6 +17,8 @@ from .products import Products
 class SparseProducts(Products):
     """Products with the weight, and with `mvue` the estimate of dz^T, compressed; what does not pay stays dense.
 
+    The estimate is that of least variance, which costs less here than the papers' approximation of it.
+
     `tiles`: weights are 2:4 along both of their dimensions, so that the gradient of x can be sparse, too. A weight is
     compressed in every product that reads it: a pass over it. bfloat16 and float16; anything else runs dense.
     """
