@@ -18,6 +18,7 @@ constexpr double energy = 0.98;         // of a document's squared length that t
 constexpr double first_look = 0.9;      // the same of the values that choose a few centres to look at closely
 constexpr float near_enough = 0.5f;     // of the best, by those values
 constexpr uint32_t most_looked_at = 64;
+constexpr size_t most_first = 24;       // of those values
 constexpr int64_t sample_a_group = 14;  // documents that a centre is learnt from
 // Each step adds a share of the centres: documents drawn from the share of the sample that fits the others worst.
 struct Step {
@@ -94,7 +95,7 @@ Matrix heavy(const Rows& rows, uint32_t dim, const std::vector<uint32_t>& dims) 
       out.values.push_back(value * scale);
     }
     out.starts.push_back(static_cast<int64_t>(out.columns.size()));
-    thin(row, row.size(), first_look);
+    thin(row, most_first, first_look);
     float light = row.empty() ? 0.0f : std::fabs(row[0].second);
     for (const auto& [column, value] : row) light = std::min(light, std::fabs(value));
     out.light.push_back(light * scale);
@@ -336,7 +337,7 @@ Grouping group(const Rows& rows, uint32_t dim, uint32_t size, int threads) {
   const Matrix docs = heavy(rows, dim, dims);
   const auto wanted = static_cast<uint32_t>(std::clamp<int64_t>(rows.docs / size, 1, most_centres));
   const auto values = static_cast<int64_t>(docs.columns.size());
-  const auto most = static_cast<uint32_t>(std::clamp<int64_t>(2 * values / std::max<int64_t>(rows.docs, 1), 16, 128));
+  const auto most = static_cast<uint32_t>(std::clamp<int64_t>(2 * values / std::max<int64_t>(rows.docs, 1), 16, 64));
   uint32_t centres = 0;
   const std::vector<uint32_t> centre = learn(docs, n_dims, wanted, most, threads, centres);
   Members found = members(centre, nullptr, centres);
