@@ -525,6 +525,21 @@ def test_grouped_index_lives_on(tmp_path: Path) -> None:
     same(index.search(queries, 10), plain.search(queries, 10))
 
 
+def test_grouping_is_kept_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs, queries = clustered(5000, 300, 12)
+    for seconds, pays in ((1e-9, True), (1.0, False)):
+        index = SparseIndex.build(docs)
+        want = index.search(queries, 10)
+
+        def measured(index: SparseIndex, *_: object, seconds: float = seconds) -> list[Setting]:
+            return [Setting(1.0, 0.0, 0, seconds if index.groups else 1e-3)]
+
+        monkeypatch.setattr("gossamer.retrieval.index.calibrate", measured)
+        assert index.group(recall=0.99) is pays
+        assert (index.groups > 0) is pays
+        same(index.search(queries, 10), want)
+
+
 def test_few_documents_are_not_grouped() -> None:
     index = SparseIndex.build(random_rows(100, 50, 8))
     index.group()
