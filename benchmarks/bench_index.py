@@ -8,8 +8,8 @@ A job is one of index_jobs.py, or a CSR matrix codes.npz with queries in codes_q
 left out (pip install pyseismic-lsr faiss-cpu bm25s scipy). A time is the least of several passes over all queries, of
 each batch of 20 queries (ours, the plain loop) or of each query (peers), averaged: no query finds its own data in the
 cache. Seismic's settings are picked on the queries they are timed on; ours too for the ratio ("best setting"), and
-beside that calibrated on other queries, as a user would. Exact times are those of a plain index, approximate ones of one
-that is grouped if that makes searches at recall 0.99 faster.
+beside that calibrated on other queries, as a user would. Exact times are those of a plain index, approximate ones of
+one that is grouped if that makes searches at recall 0.99 faster.
 
 Summaries: "us_per_query" {"job", "mode", "threads"}, "ratio_vs_seismic" {"job", "recall"} (> 1: ours is faster),
 "ratio_vs_plain", "bytes_per_nonzero", "threads_speedup", "docs_per_minute", "open_seconds".
