@@ -52,8 +52,8 @@ std::tuple<int64_t, int64_t, int64_t> run_search(const TargetArgs& args, int64_t
                                                  int threads, uintptr_t scores, uintptr_t ids) {
   const std::vector<Target> targets = targets_of(args);
   const nb::gil_scoped_release release;
-  const Work work = search(targets, rows(queries, starts, columns, values), {k, exact, trust, survivors, cut, threads, groups},
-                           at<float>(scores), at<int64_t>(ids));
+  const Work work = search(targets, rows(queries, starts, columns, values),
+                           {k, exact, trust, survivors, cut, threads, groups}, at<float>(scores), at<int64_t>(ids));
   return {work.candidates, work.ranges, work.complete};
 }
 

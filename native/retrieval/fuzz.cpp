@@ -73,8 +73,13 @@ void use(const Segment& s, const Owned& queries, const Groups* groups, std::mt19
   std::vector<int64_t> ids(scores.size());
   constexpr float trusts[] = {1.0f, 0.3f, 0.0f};
   const uint32_t first = near ? static_cast<uint32_t>(random() % 9) : 0;
-  const Options options{k,    s.exact() && random() % 2,          first > 0 ? trusts[random() % 3] : 1.0f, 50,
-                        0.1f, static_cast<int>(1 + random() % 3), first};
+  const Options options{k,
+                        s.exact() && random() % 2,
+                        first > 0 ? trusts[random() % 3] : 1.0f,
+                        50,
+                        0.1f,
+                        static_cast<int>(1 + random() % 3),
+                        first};
   search(targets, rows, options, scores.data(), ids.data());
   std::vector<int64_t> postings(static_cast<size_t>(rows.docs)), lengths(s.docs()), starts(s.docs() + 1, 0);
   count_postings(targets, rows, postings.data());

@@ -14,9 +14,9 @@
 namespace gossamer::retrieval {
 namespace {
 
-constexpr double energy = 0.98;         // of a document's squared length that the values looked at hold
-constexpr double first_look = 0.9;      // the same of the values that choose a few centres to look at closely
-constexpr float near_enough = 0.5f;     // of the best, by those values
+constexpr double energy = 0.98;      // of a document's squared length that the values looked at hold
+constexpr double first_look = 0.9;   // the same of the values that choose a few centres to look at closely
+constexpr float near_enough = 0.5f;  // of the best, by those values
 constexpr uint32_t most_looked_at = 64;
 constexpr size_t most_first = 24;       // of those values
 constexpr int64_t sample_a_group = 14;  // documents that a centre is learnt from
@@ -56,7 +56,8 @@ std::vector<uint32_t> used(const Rows& rows, uint32_t dim) {
 
 // Keeps the `most` largest |values| of pairs, or fewer that hold enough of the energy; then by column.
 void thin(std::vector<std::pair<uint32_t, float>>& row, size_t most, double enough) {
-  std::sort(row.begin(), row.end(), [](const auto& a, const auto& b) { return std::fabs(a.second) > std::fabs(b.second); });
+  std::sort(row.begin(), row.end(),
+            [](const auto& a, const auto& b) { return std::fabs(a.second) > std::fabs(b.second); });
   double total = 0, held = 0;
   for (const auto& [column, value] : row) total += double{value} * value;
   size_t n = 0;
@@ -82,8 +83,9 @@ Matrix heavy(const Rows& rows, uint32_t dim, const std::vector<uint32_t>& dims) 
     row.clear();
     for (int64_t i = rows.starts[doc]; i < rows.starts[doc + 1]; ++i) {
       const uint32_t dim_i = rows.columns[i];
-      const uint32_t n = number.empty() ? static_cast<uint32_t>(std::lower_bound(dims.begin(), dims.end(), dim_i) - dims.begin())
-                                        : number[dim_i];
+      const uint32_t n = number.empty()
+                             ? static_cast<uint32_t>(std::lower_bound(dims.begin(), dims.end(), dim_i) - dims.begin())
+                             : number[dim_i];
       row.emplace_back(n, rows.values[i]);
     }
     thin(row, row.size(), energy);
@@ -130,7 +132,8 @@ class Centres {
     const auto first = static_cast<size_t>(docs.starts[static_cast<size_t>(doc)]);
     const auto last = static_cast<size_t>(docs.starts[static_cast<size_t>(doc) + 1]);
     const float light = docs.light[static_cast<size_t>(doc)];
-    const Table table(segment_, {docs.columns.data() + first, docs.values.data() + first, static_cast<uint32_t>(last - first)},
+    const Table table(segment_,
+                      {docs.columns.data() + first, docs.values.data() + first, static_cast<uint32_t>(last - first)},
                       bench.weights);
     int16_t* acc = bench.acc();
     for (uint32_t r = 0; r < segment_.header->ranges; ++r) {
@@ -311,7 +314,8 @@ std::vector<uint32_t> sample_of(int64_t docs, int64_t wanted, std::mt19937_64& r
 }
 
 // The group of each document.
-std::vector<uint32_t> learn(const Matrix& docs, uint32_t dims, uint32_t wanted, uint32_t most, int threads, uint32_t& centres) {
+std::vector<uint32_t> learn(const Matrix& docs, uint32_t dims, uint32_t wanted, uint32_t most, int threads,
+                            uint32_t& centres) {
   std::mt19937_64 random(1);
   const std::vector<uint32_t> sample = sample_of(docs.docs(), wanted * sample_a_group, random);
   Fit best{std::vector<uint32_t>(sample.size(), 0), std::vector<float>(sample.size(), 0.0f)};
@@ -319,10 +323,13 @@ std::vector<uint32_t> learn(const Matrix& docs, uint32_t dims, uint32_t wanted, 
   for (const Step& step : steps) {
     const bool last = &step == std::end(steps) - 1;
     if (rows.docs() > 0)
-      rows = means(docs, popular(members(best.centre, &sample, static_cast<uint32_t>(rows.docs()))), dims, most, threads);
+      rows =
+          means(docs, popular(members(best.centre, &sample, static_cast<uint32_t>(rows.docs()))), dims, most, threads);
     const auto more = static_cast<uint32_t>(std::ceil(wanted * step.centres));
     append(docs, misfits(sample, best, more, step.pool, random), rows);
-    if (last) best = {std::vector<uint32_t>(static_cast<size_t>(docs.docs())), std::vector<float>(static_cast<size_t>(docs.docs()))};
+    if (last)
+      best = {std::vector<uint32_t>(static_cast<size_t>(docs.docs())),
+              std::vector<float>(static_cast<size_t>(docs.docs()))};
     fit(docs, last ? nullptr : &sample, Centres(rows, dims, threads), threads, best);
   }
   centres = static_cast<uint32_t>(rows.docs());

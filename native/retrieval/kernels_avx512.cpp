@@ -97,8 +97,7 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
   for (uint32_t i = 0; i < docs; i += 32) _mm512_mask_storeu_epi16(acc + i, ~bits[i / 32], out);
 }
 
-void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end,
-           float* out) {
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
   for (uint32_t doc = begin; doc < end; ++doc) {
     const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
     const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);

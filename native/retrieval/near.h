@@ -68,7 +68,8 @@ class Visit {
       const uint32_t end = std::min(last, first + at_once);
       table.score(target.segment, first, end, scores);
       for (uint32_t doc = first; doc < end; ++doc)
-        if (scores[doc - first] > bar_ && target.allows(doc)) add({scores[doc - first], scores[doc - first], index, doc});
+        if (scores[doc - first] > bar_ && target.allows(doc))
+          add({scores[doc - first], scores[doc - first], index, doc});
       scored += end - first;
     }
   }

@@ -219,7 +219,8 @@ void add_missing(const std::vector<Hit>& more, std::vector<Hit>& hits) {
 }
 
 bool all_grouped(const std::vector<Target>& targets) {
-  return std::all_of(targets.begin(), targets.end(), [](const Target& t) { return t.centres != nullptr || t.count == 0; });
+  return std::all_of(targets.begin(), targets.end(),
+                     [](const Target& t) { return t.centres != nullptr || t.count == 0; });
 }
 
 // The k best of what the leaders and the groups hold.

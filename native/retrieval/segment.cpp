@@ -46,7 +46,8 @@ uint32_t Segment::find(uint32_t dim) const {
   if (dim >= header->dim) return flat;
   // As many columns lie before it as dimensions, less those that are not in use.
   const uint32_t spare = header->dim - n;
-  const uint32_t* found = std::lower_bound(columns + (dim > spare ? dim - spare : 0), columns + std::min(n, dim + 1), dim);
+  const uint32_t* found =
+      std::lower_bound(columns + (dim > spare ? dim - spare : 0), columns + std::min(n, dim + 1), dim);
   return found != columns + n && *found == dim ? static_cast<uint32_t>(found - columns) : flat;
 }
 
