@@ -25,6 +25,7 @@ from .tuning import MARGIN, Setting, calibrate, pick
 
 MOST_VALUES = 1 << 30  # of a part, whose places have 31 bits
 QUERIES_AT_ONCE = 2048
+CLEARLY = 0.8  # share of the time that grouping must bring a search down to
 
 
 class Hits(NamedTuple):
@@ -171,20 +172,20 @@ class SparseIndex:
             self._parts = tuple(without(self._parts, ids))
             return before - len(self)
 
-    def group(self, *, recall: float | None = None, threads: int = 0) -> bool:
+    def group(self, *, recall: float | None = None, queries: Any = None, threads: int = 0) -> bool:
         """Puts documents that are alike side by side; documents added later are grouped, too.
 
-        Searches of documents that fall into groups get faster, approximate ones most. Takes about a minute a million
-        documents, and 5 to 10 bytes a document. recall: only if that makes searches of this recall faster, measured on
+        Searches of documents that fall into groups get faster, approximate ones most. Takes about a minute a
+        million documents, and 5 to 10 bytes a document. recall: only if that makes searches of this recall faster, measured on
         a sample of the documents. True if the index is grouped now. Forgets what `calibrate` measured.
         """
         with self._lock:
             before, parts = self._settings, self._parts
-            plain = None if recall is None else pick(self.calibrate(threads=threads), recall)
+            plain = None if recall is None else pick(self.calibrate(queries, threads=threads), recall)
             self._parts, self._settings = tuple(p.grouped(_threads(threads)) for p in parts), {}
             if plain is not None and recall is not None and len(self):
-                grouped = pick(self.calibrate(threads=threads), recall)
-                if grouped.seconds >= plain.seconds:
+                grouped = pick(self.calibrate(queries, threads=threads), recall)
+                if grouped.seconds > CLEARLY * plain.seconds:
                     self._parts, self._settings = parts, before
             return self.groups > 0
 
