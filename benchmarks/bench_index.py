@@ -141,7 +141,7 @@ class Job:
             start = time.perf_counter()
             index = SparseIndex.build(self.docs, values=kind != "small")
             if kind == "grouped":
-                index.group(recall=0.99, queries=self.others, threads=1)
+                index.group(recall=0.99, queries=self.others)
             index.save(path)
             seconds = time.perf_counter() - start
             print(f"{self.name}: {kind} index in {seconds:.1f} s", flush=True)

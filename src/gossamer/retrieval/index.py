@@ -175,9 +175,10 @@ class SparseIndex:
     def group(self, *, recall: float | None = None, queries: Any = None, threads: int = 0) -> bool:
         """Puts documents that are alike side by side; documents added later are grouped, too.
 
-        Searches of documents that fall into groups get faster, approximate ones most. Takes about a minute a
-        million documents, and 5 to 10 bytes a document. recall: only if that makes searches of this recall faster, measured on
-        a sample of the documents. True if the index is grouped now. Forgets what `calibrate` measured.
+        Searches of documents that fall into groups get faster, approximate ones most. Takes about a minute a million
+        documents, and 5 to 10 bytes a document. recall: only if that makes searches of this recall clearly faster,
+        measured on queries, a sample of the documents without. True if the index is grouped now. Forgets what
+        `calibrate` measured.
         """
         with self._lock:
             before, parts = self._settings, self._parts
