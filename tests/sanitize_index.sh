@@ -6,7 +6,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags=(-std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
 avx2=(-mavx2 -mbmi -mbmi2 -mpopcnt)
-sources=(fuzz build checksum search segment kernels_scalar ../isa ../parallel)
+sources=(fuzz build checksum group search segment kernels_scalar ../isa ../parallel)
 if [ "$(uname -m)" = x86_64 ]; then
   flags+=(-DGOSSAMER_X86)
   "${CXX:-g++}" "${flags[@]}" "${avx2[@]}" -c kernels_avx2.cpp -o "$out/avx2.o"

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gossamer.retrieval import storage
+from gossamer.retrieval.grouping import Groups
 from gossamer.retrieval.index import Hits, SparseIndex
 from gossamer.retrieval.native import require
 from gossamer.retrieval.part import Part
@@ -144,9 +145,9 @@ def test_light_terms_are_left_out(isa: str, signed: bool) -> None:
     same(index.search(queries, 9, filter=chosen, threads=2), brute(docs[chosen], queries, 9, np.flatnonzero(chosen)))
     rows, out = as_rows(queries).tidy(), (np.empty((8, 9), np.float32), np.empty((8, 9), np.int64))
     whole = SparseIndex.build(docs)
-    targets = [(p.native, 0, len(p)) for p in whole._parts]
+    targets = [p.target(None) for p in whole._parts]
     native = [a.ctypes.data for a in out]
-    scored, ranges, complete = require().search(targets, 8, *rows.pointers(), 9, True, 1.0, 0, 0.0, 1, *native)
+    scored, ranges, complete = require().search(targets, 8, *rows.pointers(), 9, True, 1.0, 0, 0.0, 0, 1, *native)
     assert scored > 8 * 9 and ranges == 8 * 3 and complete == 0
 
 
@@ -443,6 +444,122 @@ def saved(path: Path, n: int = 500) -> SparseIndex:
     return index
 
 
+def clustered(n: int, dim: int, nnz: int, signed: bool = False, seed: int = 0) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Documents in clusters of 40, and queries like them."""
+    rng = np.random.default_rng(seed)
+    centres = sp.random(n // 40, dim, nnz / dim, format="csr", random_state=rng)
+    centres.data[:] = rng.standard_normal(centres.nnz) if signed else rng.random(centres.nnz) + 0.5
+
+    def members(of: np.ndarray) -> sp.csr_matrix:
+        noise = sp.random(len(of), dim, nnz / dim / 3, format="csr", random_state=rng)
+        rows = centres[of]
+        rows.data *= (rng.random(rows.nnz) < 0.8) * rng.random(rows.nnz)
+        x = sp.csr_matrix(rows + noise, dtype=np.float32)
+        x.eliminate_zeros()
+        return x
+
+    return members(rng.permutation(np.arange(n) % (n // 40))), members(rng.integers(0, n // 40, 40))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dim", [300, 70_000])
+def test_groups_change_no_exact_result(isa: str, signed: bool, dim: int) -> None:
+    docs, queries = clustered(9000, dim, 12 if dim == 300 else 60, signed)
+    index = SparseIndex.build(docs)
+    want = index.search(queries, 10)
+    index.group()
+    assert 100 < index.groups < 1000
+    for groups in (0, 1, 7, 200):
+        same(index.search(queries, 10, setting=Setting(1.0, 0.0, 0, 0.0, 1.0, groups)), want)
+    near = index.search(queries, 10, setting=Setting(1.0, 0.0, 0, 0.0, 0.0, index.groups))
+    assert recall(near.ids, want.ids) > 0.95  # a centre keeps its heaviest columns only
+    few = index.search(queries, 10, setting=Setting(1.0, 0.0, 0, 0.0, 0.0, 4))
+    assert recall(few.ids, want.ids) > (0.5 if signed else 0.8)
+    found = {(int(i), float(s)) for i, s in zip(few.ids.ravel(), few.scores.ravel(), strict=True)}
+    assert found & {(int(i), float(s)) for i, s in zip(want.ids.ravel(), want.scores.ravel(), strict=True)}
+    half = index.search(queries, 10, setting=Setting(1.0, 0.0, 0, 0.0, 0.3, 4))
+    assert recall(half.ids, want.ids) >= recall(few.ids, want.ids)
+    cut = index.search(queries, 10, setting=Setting(1.0, 0.1, 40, 0.0, 1.0, 4))
+    assert recall(cut.ids, want.ids) >= recall(few.ids, want.ids)
+
+
+def test_groups_find_clusters() -> None:
+    docs, queries = clustered(20_000, 1000, 20)
+    index = SparseIndex.build(docs)
+    truth = index.search(queries, 10).ids
+    index.group()
+    got = index.search(queries, 10, setting=Setting(1.0, 0.0, 0, 0.0, 0.0, 4)).ids
+    assert recall(got, truth) > 0.95
+    again = SparseIndex.build(docs)
+    again.group(threads=1)
+    np.testing.assert_array_equal(again.rows()[1], index.rows()[1])  # threads change nothing
+
+
+def test_grouped_index_lives_on(tmp_path: Path) -> None:
+    """Ids, filters, deletes, appends, k beyond the groups, merge, reopen: all as without groups."""
+    docs, queries = clustered(9000, 300, 12)
+    ids = np.random.default_rng(1).permutation(10**12 + np.arange(9000) * 3)
+    plain, index = SparseIndex.build(docs, ids=ids), SparseIndex.build(docs, ids=ids)
+    index.group()
+    more = random_rows(500, 300, 12)
+    for one in (plain, index):
+        one.delete(ids[::7])
+        one.add(more)
+    near = Setting(1.0, 0.0, 0, 0.0, 0.0, 600)
+    for chosen in (None, ids[:40], ids[:5000]):
+        want = plain.search(queries, 10, filter=chosen)
+        same(index.search(queries, 10, filter=chosen), want)
+        got = index.search(queries, 10, filter=chosen, setting=near)
+        assert recall(got.ids, want.ids) > 0.85
+    want = plain.search(queries[:3], 3000)
+    same(index.search(queries[:3], 3000, setting=near._replace(groups=2)), want)
+    same(index.search(queries, 10, setting=near._replace(trust=1.0)), plain.search(queries, 10))
+    index.save(tmp_path / "a.gsx")
+    opened = SparseIndex.open(tmp_path / "a.gsx")
+    assert opened.groups == index.groups
+    same(opened.search(queries, 10, setting=near), index.search(queries, 10, setting=near))
+    index.merge()
+    assert index.groups and len(index._parts) == 1
+    same(index.search(queries, 10), plain.search(queries, 10))
+    assert {s.groups for s in index.calibrate(queries)} != {0}
+    same(index.search(queries, 10), plain.search(queries, 10))
+
+
+def test_grouping_is_kept_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    docs, queries = clustered(5000, 300, 12)
+    for seconds, pays in ((1e-9, True), (1.0, False)):
+        index = SparseIndex.build(docs)
+        want = index.search(queries, 10)
+
+        def measured(index: SparseIndex, *_: object, seconds: float = seconds) -> list[Setting]:
+            return [Setting(1.0, 0.0, 0, seconds if index.groups else 1e-3)]
+
+        monkeypatch.setattr("gossamer.retrieval.index.calibrate", measured)
+        assert index.group(recall=0.99) is pays
+        assert (index.groups > 0) is pays
+        same(index.search(queries, 10), want)
+
+
+def test_few_documents_are_not_grouped() -> None:
+    index = SparseIndex.build(random_rows(100, 50, 8))
+    index.group()
+    assert index.groups == 0
+    empty = SparseIndex.build(sp.csr_matrix((5000, 50), dtype=np.float32))
+    empty.group()
+    assert (empty.search(random_rows(2, 50, 8), 3).scores == 0).all()
+
+
+def test_damaged_groups_are_refused(tmp_path: Path) -> None:
+    docs, _ = clustered(5000, 300, 12)
+    index = SparseIndex.build(docs)
+    index.group()
+    (part,) = index._parts
+    assert part.groups is not None
+    for change in (lambda s: s[:-1], lambda s: s[:0], lambda s: s + 1, lambda s: s[::-1].copy()):
+        with pytest.raises(ValueError, match="damaged"):
+            Groups.view(part.groups.block, change(part.groups.starts), part.native)
+
+
 def test_bit_flips_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.gsx"
     queries = random_rows(2, 70, 20)
@@ -481,8 +598,7 @@ def test_damage_that_nobody_checks_cannot_crash(tmp_path: Path) -> None:
             continue
         for exact in (True, False) if part.native.exact else (False,):
             out = (scores.ctypes.data, ids.ctypes.data)
-            targets = [(part.native, 0, len(part))]
-            require().search(targets, 2, *queries.pointers(), 9, exact, 1.0, 20, 0.1, 1, *out)
+            require().search([part.target(None)], 2, *queries.pointers(), 9, exact, 1.0, 20, 0.1, 0, 1, *out)
     assert refused > 20
 
 
@@ -547,6 +663,7 @@ def test_a_crashed_writer_leaves_no_lock(tmp_path: Path) -> None:
 import os, numpy as np
 from pathlib import Path
 from gossamer.retrieval import storage
+from gossamer.retrieval.grouping import Groups
 writer = storage.Writer(Path({str(path)!r})).__enter__()
 writer.add(np.zeros(1000, np.uint8))
 os._exit(1)

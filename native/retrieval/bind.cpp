@@ -6,6 +6,7 @@
 #include "../isa.h"
 #include "build.h"
 #include "checksum.h"
+#include "group.h"
 #include "search.h"
 
 namespace nb = nanobind;
@@ -35,22 +36,24 @@ std::tuple<int, int64_t, int64_t> tidy_rows(int64_t docs, uintptr_t starts, uint
   return {static_cast<int>(found.fault), found.row, found.kept};
 }
 
-using TargetArgs = std::vector<std::tuple<const Segment*, uintptr_t, uint64_t>>;
+// A target without groups has no centres (None).
+using TargetArgs = std::vector<std::tuple<const Segment*, uintptr_t, uint64_t, const Segment*, uintptr_t>>;
 
 std::vector<Target> targets_of(const TargetArgs& args) {
   std::vector<Target> targets;
-  for (const auto& [segment, allowed, count] : args) targets.push_back({*segment, at<const uint32_t>(allowed), count});
+  for (const auto& [segment, allowed, count, centres, starts] : args)
+    targets.push_back({*segment, at<const uint32_t>(allowed), count, centres, at<const uint32_t>(starts)});
   return targets;
 }
 
 std::tuple<int64_t, int64_t, int64_t> run_search(const TargetArgs& args, int64_t queries, uintptr_t starts,
                                                  uintptr_t columns, uintptr_t values, uint32_t k, bool exact,
-                                                 float trust, uint32_t survivors, float cut, int threads,
-                                                 uintptr_t scores, uintptr_t ids) {
+                                                 float trust, uint32_t survivors, float cut, uint32_t groups,
+                                                 int threads, uintptr_t scores, uintptr_t ids) {
   const std::vector<Target> targets = targets_of(args);
   const nb::gil_scoped_release release;
-  const Work work = search(targets, rows(queries, starts, columns, values), {k, exact, trust, survivors, cut, threads},
-                           at<float>(scores), at<int64_t>(ids));
+  const Work work = search(targets, rows(queries, starts, columns, values),
+                           {k, exact, trust, survivors, cut, threads, groups}, at<float>(scores), at<int64_t>(ids));
   return {work.candidates, work.ranges, work.complete};
 }
 
@@ -97,12 +100,53 @@ NB_MODULE(_retrieval, m) {
       .def_prop_ro("first_id", [](const Segment& s) { return s.header->first_id; })
       .def_prop_ro(
           "ids", [](const Segment& s) { return reinterpret_cast<uintptr_t>(s.ids); }, "Address, or 0.")
+      .def_prop_ro(
+          "offsets", [](const Segment& s) { return reinterpret_cast<uintptr_t>(s.offsets); },
+          "Address of uint32 offsets from first_id, or 0.")
       .def(
           "document_counts",
           [](const Segment& s, uintptr_t counts) {
             for (uint32_t c = 0; c < s.header->columns; ++c) at<int64_t>(counts)[s.columns[c]] += s.table[c].count;
           },
           "counts"_a, nogil, "Adds the documents of each dimension to int64 [dim].");
+
+  nb::class_<Grouping>(m, "Grouping", "Documents grouped by likeness.")
+      .def(
+          "__init__",
+          [](Grouping* self, int64_t docs, uintptr_t starts, uintptr_t columns, uintptr_t values, uint32_t dim,
+             uint32_t size, int threads) {
+            const nb::gil_scoped_release release;
+            new (self) Grouping(group(rows(docs, starts, columns, values), dim, size, threads));
+          },
+          "docs"_a, "starts"_a, "columns"_a, "values"_a, "dim"_a, "size"_a, "threads"_a)
+      .def_prop_ro("groups", [](const Grouping& g) { return g.starts.size() - 1; })
+      .def_prop_ro("nnz", [](const Grouping& g) { return g.centre_columns.size(); })
+      .def(
+          "copy",
+          [](const Grouping& g, uintptr_t order, uintptr_t starts, uintptr_t centre_starts, uintptr_t columns,
+             uintptr_t values) {
+            std::copy(g.order.begin(), g.order.end(), at<uint32_t>(order));
+            std::copy(g.starts.begin(), g.starts.end(), at<uint32_t>(starts));
+            std::copy(g.centre_starts.begin(), g.centre_starts.end(), at<int64_t>(centre_starts));
+            std::copy(g.centre_columns.begin(), g.centre_columns.end(), at<uint32_t>(columns));
+            std::copy(g.centre_values.begin(), g.centre_values.end(), at<float>(values));
+          },
+          "order"_a, "starts"_a, "centre_starts"_a, "columns"_a, "values"_a, nogil);
+  m.def(
+      "check_groups",
+      [](const Segment& s, const Segment& centres, uintptr_t starts, uint64_t count) {
+        check_groups(s, centres, at<const uint32_t>(starts), count);
+      },
+      "segment"_a, "centres"_a, "starts"_a, "count"_a, "ValueError unless the groups fit the segment.");
+  m.def(
+      "permute",
+      [](int64_t docs, uintptr_t starts, uintptr_t columns, uintptr_t values, uintptr_t order, uintptr_t starts_out,
+         uintptr_t columns_out, uintptr_t values_out, int threads) {
+        permute(rows(docs, starts, columns, values), at<const uint32_t>(order), at<int64_t>(starts_out),
+                at<uint32_t>(columns_out), at<float>(values_out), threads);
+      },
+      "docs"_a, "starts"_a, "columns"_a, "values"_a, "order"_a, "starts_out"_a, "columns_out"_a, "values_out"_a,
+      "threads"_a, nogil, "Rows in another order.");
 
   m.def(
       "count_rows",
@@ -117,7 +161,7 @@ NB_MODULE(_retrieval, m) {
       },
       "segment"_a, "keep"_a, "starts"_a, "columns"_a, "values"_a, nogil, "Those documents as rows.");
   m.def("search", run_search, "targets"_a, "queries"_a, "starts"_a, "columns"_a, "values"_a, "k"_a, "exact"_a,
-        "trust"_a, "survivors"_a, "cut"_a, "threads"_a, "scores"_a, "ids"_a,
+        "trust"_a, "survivors"_a, "cut"_a, "groups"_a, "threads"_a, "scores"_a, "ids"_a,
         "Fills scores and ids [queries, k]: (documents scored, ranges read, queries scored completely).");
   m.def(
       "count_postings",

@@ -35,12 +35,18 @@ Builder::Builder(Rows rows, uint32_t dim, bool keep_values, const int64_t* ids, 
     throw std::invalid_argument("a segment holds up to 2^20 documents and 2^31 - 1 non-zeros");
   std::memcpy(header_.magic, segment_magic, sizeof header_.magic);
   header_.version = segment_version;
-  header_.flags = (keep_values ? has_values : 0u) | (ids != nullptr ? explicit_ids : 0u);
+  header_.flags = keep_values ? has_values : 0u;
+  header_.first_id = first_id;
+  if (ids != nullptr && rows.docs > 0) {
+    const auto [least, most] = std::minmax_element(ids, ids + rows.docs);
+    const bool small = static_cast<uint64_t>(*most) - static_cast<uint64_t>(*least) <= 0xffffffffu;
+    header_.flags |= small ? short_ids : explicit_ids;
+    header_.first_id = small ? *least : 0;
+  }
   header_.nnz = static_cast<uint64_t>(nnz);
   header_.docs = static_cast<uint32_t>(rows.docs);
   header_.ranges = (header_.docs + range_docs - 1) / range_docs;
   header_.dim = dim;
-  header_.first_id = ids != nullptr ? 0 : first_id;
   number_columns();
   measure();
   lay_out();
@@ -162,7 +168,8 @@ void Builder::lay_out() {
     place(header_.rows_at, (uint64_t{header_.docs} + 1) * sizeof(uint32_t));
     place(header_.data_at, header_.words * sizeof(uint32_t));
   }
-  if (ids_ != nullptr) place(header_.ids_at, header_.docs * sizeof(int64_t));
+  if (header_.flags & explicit_ids) place(header_.ids_at, header_.docs * sizeof(int64_t));
+  if (header_.flags & short_ids) place(header_.ids_at, header_.docs * sizeof(uint32_t));
   header_.bytes = at;
 }
 
@@ -176,7 +183,12 @@ void Builder::write(char* block) const {
   put(header_.table_at, table_.data(), table_.size() * sizeof(Column));
   put(header_.meta_at, meta_.data(), meta_.size() * sizeof(Meta));
   put(header_.norms_at, norms_.data(), norms_.size() * sizeof(float));
-  if (ids_ != nullptr) put(header_.ids_at, ids_, header_.docs * sizeof(int64_t));
+  if (header_.flags & explicit_ids) put(header_.ids_at, ids_, header_.docs * sizeof(int64_t));
+  if (header_.flags & short_ids) {
+    std::vector<uint32_t> offsets(header_.docs);
+    for (uint32_t i = 0; i < header_.docs; ++i) offsets[i] = static_cast<uint32_t>(ids_[i] - header_.first_id);
+    put(header_.ids_at, offsets.data(), offsets.size() * sizeof(uint32_t));
+  }
   auto* postings = reinterpret_cast<uint32_t*>(block + header_.postings_at);
   put(header_.postings_at + header_.postings * sizeof(uint32_t), nullptr, 0);
   write_postings(postings);

@@ -11,6 +11,7 @@
 #include "../isa.h"
 #include "build.h"
 #include "checksum.h"
+#include "group.h"
 #include "search.h"
 
 using namespace gossamer::retrieval;
@@ -51,19 +52,34 @@ struct Block {
   Block& operator=(const Block&) = delete;
 };
 
-void use(const Segment& s, const Owned& queries, std::mt19937& random) {
+struct Groups {
+  Segment centres;
+  std::vector<uint32_t> starts;
+};
+
+void use(const Segment& s, const Owned& queries, const Groups* groups, std::mt19937& random) {
   std::vector<uint32_t> allowed((s.docs() + 31) / 32);
   for (uint32_t& word : allowed) word = static_cast<uint32_t>(random());
   if (s.docs() % 32 != 0) allowed.back() &= (1u << (s.docs() % 32)) - 1;
   uint64_t count = 0;
   for (uint32_t word : allowed) count += static_cast<uint64_t>(__builtin_popcount(word));
   const bool filtered = random() % 2;
-  const std::vector<Target> targets{{s, filtered ? allowed.data() : nullptr, filtered ? count : s.docs()}};
+  const bool near = groups != nullptr && s.exact();
+  const std::vector<Target> targets{{s, filtered ? allowed.data() : nullptr, filtered ? count : s.docs(),
+                                     near ? &groups->centres : nullptr, near ? groups->starts.data() : nullptr}};
   const Rows rows = queries.rows();
   constexpr uint32_t k = 20;
   std::vector<float> scores(static_cast<size_t>(rows.docs) * k);
   std::vector<int64_t> ids(scores.size());
-  const Options options{k, s.exact() && random() % 2, 1.0f, 50, 0.1f, static_cast<int>(1 + random() % 3)};
+  constexpr float trusts[] = {1.0f, 0.3f, 0.0f};
+  const uint32_t first = near ? static_cast<uint32_t>(random() % 9) : 0;
+  const Options options{k,
+                        s.exact() && random() % 2,
+                        first > 0 ? trusts[random() % 3] : 1.0f,
+                        50,
+                        0.1f,
+                        static_cast<int>(1 + random() % 3),
+                        first};
   search(targets, rows, options, scores.data(), ids.data());
   std::vector<int64_t> postings(static_cast<size_t>(rows.docs)), lengths(s.docs()), starts(s.docs() + 1, 0);
   count_postings(targets, rows, postings.data());
@@ -117,17 +133,32 @@ int main(int argc, char** argv) {
     const Owned queries = random_rows(random, 3, shape.dim, 0.4, false);
     std::vector<int64_t> ids(static_cast<size_t>(shape.docs));
     for (int64_t& id : ids) id = static_cast<int64_t>(random());
-    const Builder builder(docs.rows(), shape.dim, random() % 4 != 0, random() % 2 ? ids.data() : nullptr, 7, 2);
-    Block whole(builder.bytes());
+    const Grouping found = group(docs.rows(), shape.dim, 8, 2);
+    Owned sorted = docs;
+    permute(docs.rows(), found.order.data(), sorted.starts.data(), sorted.columns.data(), sorted.values.data(), 2);
+    const Rows centre_rows{static_cast<int64_t>(found.starts.size()) - 1, found.centre_starts.data(),
+                           found.centre_columns.data(), found.centre_values.data()};
+    const Builder builder(sorted.rows(), shape.dim, random() % 4 != 0, random() % 2 ? ids.data() : nullptr, 7, 2);
+    const Builder centre_builder(centre_rows, shape.dim, false, nullptr, 0, 2);
+    Block whole(builder.bytes()), centres(centre_builder.bytes());
     builder.write(whole.data);
-    use(open_segment(whole.data, whole.bytes), queries, random);
+    centre_builder.write(centres.data);
+    const Groups groups{open_segment(centres.data, centres.bytes), found.starts};
+    const bool grouped = random() % 2;
+    use(open_segment(whole.data, whole.bytes), queries, grouped ? &groups : nullptr, random);
     for (int copy = 0; copy < 8; ++copy) {
       Block broken(random() % 8 ? whole.bytes : random() % whole.bytes / 64 * 64 + 64);
+      Block broken_centres(centres.bytes);
       std::memcpy(broken.data, whole.data, std::min(broken.bytes, whole.bytes));
-      damage(broken, random);
+      std::memcpy(broken_centres.data, centres.data, centres.bytes);
+      damage(random() % 2 ? broken : broken_centres, random);
       checksum(broken.data, broken.bytes, 2);
       try {
-        use(open_segment(broken.data, broken.bytes), queries, random);
+        const Segment s = open_segment(broken.data, broken.bytes);
+        Groups near{open_segment(broken_centres.data, broken_centres.bytes), found.starts};
+        if (random() % 4 == 0) near.starts[random() % near.starts.size()] = static_cast<uint32_t>(random());
+        if (s.exact()) check_groups(s, near.centres, near.starts.data(), near.starts.size());
+        use(s, queries, grouped ? &near : nullptr, random);
         ++survived;
       } catch (const std::invalid_argument&) {
         ++refused;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../isa.h"
+
 namespace gossamer::retrieval {
 
 // Accumulators have 65,536 entries, so that any 16-bit place is one of them; only a range's are read back.
@@ -22,6 +24,9 @@ struct Kernels {
   void (*maxima)(const int16_t* acc, uint32_t docs, int16_t* out);
   // -32768 where the bit of a place is 0; docs is a multiple of 32.
   void (*mask)(int16_t* acc, uint32_t docs, const uint32_t* bits);
+  // out[i] = inner product of the weights, 65,536 of them, with document begin + i of narrow rows (see segment.h).
+  void (*score)(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end,
+                float* out);
 };
 
 extern const Kernels kernels_scalar;
@@ -29,5 +34,18 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
+
+inline const Kernels& kernels() {
+  switch (isa::active()) {
+#ifdef GOSSAMER_X86
+    case isa::Isa::avx512:
+      return kernels_avx512;
+    case isa::Isa::avx2:
+      return kernels_avx2;
+#endif
+    default:
+      return kernels_scalar;
+  }
+}
 
 }  // namespace gossamer::retrieval

@@ -70,8 +70,28 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
   }
 }
 
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
+  for (uint32_t doc = begin; doc < end; ++doc) {
+    const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
+    const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);
+    const auto* values = reinterpret_cast<const float*>(data + rows[doc + 1] - length);
+    __m256 sums = _mm256_setzero_ps();
+    uint32_t i = 0;
+    for (; i + 8 <= length; i += 8) {
+      const __m256i at = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + i)));
+      sums = _mm256_add_ps(sums, _mm256_mul_ps(_mm256_i32gather_ps(weights, at, 4), _mm256_loadu_ps(values + i)));
+    }
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, sums);
+    float sum = 0;
+    for (float lane : lanes) sum += lane;
+    for (; i < length; ++i) sum += weights[columns[i]] * values[i];
+    out[doc - begin] = sum;
+  }
+}
+
 }  // namespace
 
-const Kernels kernels_avx2 = {scatter, dense, collect, maxima, mask};
+const Kernels kernels_avx2 = {scatter, dense, collect, maxima, mask, score};
 
 }  // namespace gossamer::retrieval

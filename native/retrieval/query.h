@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "build.h"
+#include "kernels.h"
 #include "segment.h"
 
 namespace gossamer::retrieval {
@@ -118,6 +119,12 @@ class Table {
     }
     const auto* narrow = reinterpret_cast<const uint16_t*>(row);
     return sum(length, values, [=](uint32_t i) { return narrow[i]; });
+  }
+
+  // The same of documents begin to end, added up in any order.
+  void score(const Segment& s, uint32_t begin, uint32_t end, float* scores) const {
+    if (!s.wide()) return kernels().score(table_.data(), s.rows, s.data, begin, end, scores);
+    for (uint32_t doc = begin; doc < end; ++doc) scores[doc - begin] = score(s, doc);
   }
 
  private:

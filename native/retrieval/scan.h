@@ -9,7 +9,6 @@
 #include <memory>
 #include <vector>
 
-#include "../isa.h"
 #include "kernels.h"
 #include "query.h"
 #include "search.h"
@@ -21,19 +20,6 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 // Measured on a 2.6 GHz core: one posting, one document scored from its row, one document of a range cleared and read
 // back.
 constexpr double posting_ns = 0.5, document_ns = 250, sweep_ns = 0.05;
-
-inline const Kernels& kernels() {
-  switch (isa::active()) {
-#ifdef GOSSAMER_X86
-    case isa::Isa::avx512:
-      return kernels_avx512;
-    case isa::Isa::avx2:
-      return kernels_avx2;
-#endif
-    default:
-      return kernels_scalar;
-  }
-}
 
 struct Hit {
   double low, high;  // bounds of the score

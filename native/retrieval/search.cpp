@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "../parallel.h"
+#include "near.h"
 #include "scan.h"
 
 namespace gossamer::retrieval {
@@ -144,15 +145,16 @@ bool rows_are_cheaper(const std::vector<Target>& targets, const Query& query) {
   return allowed * document_ns < postings_of(targets, query) * posting_ns + docs * sweep_ns;
 }
 
-// The leaders over all ranges, by `threads` threads that share their bar.
+// The leaders over all ranges, of scores that reach the bar known, by `threads` threads that share their bar.
 Leaders scan_all(const std::vector<Target>& targets, const Query& query, const Options& options, size_t keep,
-                 int64_t threads, Work& work) {
+                 double known, int64_t threads, Work& work) {
   int64_t total = 0;
   for (const Target& target : targets) total += target.segment.header->ranges;
   const int64_t parts = std::min(threads, std::max<int64_t>(total, 1));
   std::vector<Leaders> found(static_cast<size_t>(parts), Leaders(keep));
   std::vector<Work> done(static_cast<size_t>(parts));
-  std::atomic<double> bar{-infinity};
+  for (Leaders& one : found) one.bar = known;
+  std::atomic<double> bar{known};
   std::exception_ptr failure;
   std::mutex lock;
   const auto part = [&](int64_t p) {
@@ -194,17 +196,46 @@ Leaders scan_all(const std::vector<Target>& targets, const Query& query, const O
   return all;
 }
 
-std::vector<Best> answer(const std::vector<Target>& targets, const Query& query, const Options& options,
-                         int64_t threads, Work& work) {
-  bool filtered = false, values = true;
-  for (const Target& target : targets) {
-    filtered = filtered || target.allowed != nullptr;
-    values = values && target.segment.exact();
-  }
-  if (values && filtered && rows_are_cheaper(targets, query))
-    return score_all(targets, query, options.k, false, scratch_here(), work);
+// Candidates kept beyond k: their scores are rounded differently.
+constexpr size_t spare = 8;
+
+// The best documents of the groups nearest to the query; fewer than k where that is all they hold.
+std::vector<Hit> look_near(const std::vector<Target>& targets, const Query& query, const Options& options, Work& work) {
+  const std::vector<Hit> groups = nearest_groups(targets, query, options, scratch_here());
+  Visit visit(targets, query, size_t{options.k} + spare, scratch_here());
+  std::vector<Hit> hits = visit.run(groups);
+  work.candidates += visit.scored;
+  return hits;
+}
+
+// Adds the hits of `more` whose documents are not among `hits`.
+void add_missing(const std::vector<Hit>& more, std::vector<Hit>& hits) {
+  const auto key = [](const Hit& hit) { return uint64_t{hit.target} << 32 | hit.doc; };
+  std::vector<uint64_t> there;
+  for (const Hit& hit : hits) there.push_back(key(hit));
+  std::sort(there.begin(), there.end());
+  for (const Hit& hit : more)
+    if (!std::binary_search(there.begin(), there.end(), key(hit))) hits.push_back(hit);
+}
+
+bool all_grouped(const std::vector<Target>& targets) {
+  return std::all_of(targets.begin(), targets.end(),
+                     [](const Target& t) { return t.centres != nullptr || t.count == 0; });
+}
+
+// The k best of what the leaders and the groups hold.
+std::vector<Best> joined(const std::vector<Target>& targets, const Query& query, const Options& options,
+                         const std::vector<Hit>& near, Leaders& leaders, Work& work) {
+  add_missing(near, leaders.hits);
+  return score_hits(targets, query, leaders.hits, options.k, scratch_here(), work);
+}
+
+std::vector<Best> answer_scanned(const std::vector<Target>& targets, const Query& query, const Options& options,
+                                 const std::vector<Hit>& near, double bar, int64_t threads, Work& work) {
+  const bool values = std::all_of(targets.begin(), targets.end(), [](const Target& t) { return t.segment.exact(); });
   const size_t keep = options.exact || !values ? options.k : std::max(options.k, options.survivors);
-  Leaders leaders = scan_all(targets, query, options, keep, threads, work);
+  Leaders leaders = scan_all(targets, query, options, keep, bar, threads, work);
+  if (bar > 0 && (!options.exact || options.trust < 1)) return joined(targets, query, options, near, leaders, work);
   // Every document passed over has a score below the k-th best one found, or we look at all of them.
   if (options.exact && (leaders.broken || leaders.hits.size() < keep || !(leaders.bar > leaders.missed))) {
     ++work.complete;
@@ -216,6 +247,33 @@ std::vector<Best> answer(const std::vector<Target>& targets, const Query& query,
     leaders.hits.resize(keep);
   }
   return score_hits(targets, query, leaders.hits, options.k, scratch_here(), work);
+}
+
+std::vector<Best> answer(const std::vector<Target>& targets, const Query& query, Options options, int64_t threads,
+                         Work& work) {
+  bool filtered = false, values = true;
+  for (const Target& target : targets) {
+    filtered = filtered || target.allowed != nullptr;
+    values = values && target.segment.exact();
+  }
+  if (values && filtered && rows_are_cheaper(targets, query))
+    return score_all(targets, query, options.k, false, scratch_here(), work);
+  if (options.groups == 0 || !values) return answer_scanned(targets, query, options, {}, -infinity, threads, work);
+  std::vector<Hit> near = look_near(targets, query, options, work);
+  const std::vector<Best> best = score_hits(targets, query, near, options.k, scratch_here(), work);
+  const bool full = best.size() == options.k && best.back().score > 0;
+  const double bar = full ? best.back().score : -infinity;
+  if (options.trust > 0) return answer_scanned(targets, query, options, near, bar, threads, work);
+  if (full && all_grouped(targets)) return best;
+  // Fewer than k were found, or documents lie in no group: those that were not looked at are.
+  options.trust = 1;
+  options.exact = true;
+  if (!full) return answer_scanned(targets, query, options, near, bar, threads, work);
+  std::vector<Target> others = targets;
+  for (Target& target : others)
+    if (target.centres != nullptr) target.count = 0;  // passes over it
+  Leaders leaders = scan_all(others, query, options, options.k, bar, threads, work);
+  return joined(targets, query, options, near, leaders, work);
 }
 
 void put(const std::vector<Best>& best, uint32_t k, float* scores, int64_t* ids) {

@@ -13,6 +13,11 @@ struct Target {
   Segment segment;
   const uint32_t* allowed;  // one bit per document, padding bits 0; nullptr: all
   uint64_t count;           // of documents allowed
+  // Groups of like documents (see group.h): their centres, and where each begins, one place more than centres. Or none.
+  const Segment* centres;
+  const uint32_t* starts;
+
+  bool allows(uint32_t doc) const { return allowed == nullptr || (allowed[doc / 32] >> (doc % 32) & 1) != 0; }
 };
 
 struct Options {
@@ -22,6 +27,7 @@ struct Options {
   uint32_t survivors;  // not exact: candidates to score from their values
   float cut;           // not exact: contributions below this share of the query's largest are skipped
   int threads;
+  uint32_t groups;  // of like documents to score before anything else; trust 0: and nothing else
 };
 
 // What a search did, summed over its queries.

@@ -43,7 +43,11 @@ void check_column(const Segment& s, const Column& column) {
 uint32_t Segment::find(uint32_t dim) const {
   const uint32_t n = header->columns;
   if (n == header->dim) return dim < n ? dim : flat;
-  const uint32_t* found = std::lower_bound(columns, columns + n, dim);
+  if (dim >= header->dim) return flat;
+  // As many columns lie before it as dimensions, less those that are not in use.
+  const uint32_t spare = header->dim - n;
+  const uint32_t* found =
+      std::lower_bound(columns + (dim > spare ? dim - spare : 0), columns + std::min(n, dim + 1), dim);
   return found != columns + n && *found == dim ? static_cast<uint32_t>(found - columns) : flat;
 }
 
@@ -71,12 +75,19 @@ Segment open_segment(const void* memory, uint64_t bytes) {
     for (uint32_t i = 0; i < h.docs; ++i) expect(s.rows[i] <= s.rows[i + 1], "rows out of order");
   }
   if (h.flags & explicit_ids) s.ids = section<int64_t>(block, bytes, h.ids_at, h.docs);
+  if (h.flags & short_ids) s.offsets = section<uint32_t>(block, bytes, h.ids_at, h.docs);
   for (uint32_t i = 0; i < h.columns; ++i) {
     expect(s.columns[i] < h.dim && (i == 0 || s.columns[i - 1] < s.columns[i]), "columns out of order");
     check_column(s, s.table[i]);
   }
   for (uint32_t r = 0; r < h.ranges; ++r) expect(s.norms[r] >= 0, "norms");
   return s;
+}
+
+void check_groups(const Segment& s, const Segment& centres, const uint32_t* starts, uint64_t count) {
+  expect(s.exact() && count == uint64_t{centres.docs()} + 1, "number of groups");
+  expect(starts[0] == 0 && starts[count - 1] == s.docs(), "groups out of bounds");
+  for (uint64_t i = 1; i < count; ++i) expect(starts[i - 1] <= starts[i], "groups out of order");
 }
 
 }  // namespace gossamer::retrieval

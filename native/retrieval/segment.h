@@ -1,6 +1,6 @@
 // A segment: an immutable run of documents, one block of bytes that is the same in memory and in a file.
 //
-//   header | columns u32 | table Column | meta Meta | norms f32 | postings u32 | rows u32 | data u32 | ids i64
+//   header | columns u32 | table Column | meta Meta | norms f32 | postings u32 | rows u32 | data u32 | ids i64 or u32
 //
 // Documents are cut into ranges of 16,384, whose int16 accumulators fit the first-level cache. Columns in use are
 // numbered in ascending order. A column's postings lie range after range; a posting is the document's place in its
@@ -22,10 +22,10 @@ constexpr uint32_t flat_share = 4;   // flat where there are fewer than 4 postin
 constexpr uint32_t max_segment_docs = 1u << 20;
 constexpr float impact_one = 32767.0f;
 constexpr uint32_t flat = 0xffffffffu;
-constexpr uint32_t segment_version = 1;
+constexpr uint32_t segment_version = 2;
 constexpr char segment_magic[8] = {'G', 'O', 'S', 'S', 'E', 'G', '0', '1'};
 
-enum Flag : uint32_t { has_values = 1, wide_columns = 2, explicit_ids = 4, known_flags = 7 };
+enum Flag : uint32_t { has_values = 1, wide_columns = 2, explicit_ids = 4, short_ids = 8, known_flags = 15 };
 
 struct Header {
   char magic[8];
@@ -60,11 +60,15 @@ struct Segment {
   const uint32_t* rows = nullptr;  // docs + 1, in words of data; a document's columns, then its float32 values
   const uint32_t* data = nullptr;
   const int64_t* ids = nullptr;
+  const uint32_t* offsets = nullptr;  // of ids from the first, where they are short
 
   uint32_t docs() const { return header->docs; }
   bool exact() const { return header->flags & has_values; }
   bool wide() const { return header->flags & wide_columns; }
-  int64_t id(uint32_t doc) const { return ids ? ids[doc] : header->first_id + doc; }
+  int64_t id(uint32_t doc) const {
+    if (ids != nullptr) return ids[doc];
+    return header->first_id + (offsets != nullptr ? offsets[doc] : doc);
+  }
   uint32_t docs_in(uint32_t range) const {
     const uint32_t left = header->docs - range * range_docs;
     return left < range_docs ? left : range_docs;
@@ -86,5 +90,9 @@ constexpr uint64_t aligned(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
 // Checks everything that search relies on, so that no damaged block makes it read or write out of bounds.
 // Throws std::invalid_argument.
 Segment open_segment(const void* block, uint64_t bytes);
+
+// Whether `count` starts cut the documents of a segment into as many groups as there are centres, and have values to
+// score. Throws std::invalid_argument.
+void check_groups(const Segment& s, const Segment& centres, const uint32_t* starts, uint64_t count);
 
 }  // namespace gossamer::retrieval

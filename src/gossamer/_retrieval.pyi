@@ -70,8 +70,40 @@ class Segment:
     def ids(self) -> int:
         """Address, or 0."""
 
+    @property
+    def offsets(self) -> int:
+        """Address of uint32 offsets from first_id, or 0."""
+
     def document_counts(self, counts: int) -> None:
         """Adds the documents of each dimension to int64 [dim]."""
+
+class Grouping:
+    """Documents grouped by likeness."""
+
+    def __init__(
+        self, docs: int, starts: int, columns: int, values: int, dim: int, size: int, threads: int
+    ) -> None: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def nnz(self) -> int: ...
+    def copy(self, order: int, starts: int, centre_starts: int, columns: int, values: int) -> None: ...
+
+def check_groups(segment: Segment, centres: Segment, starts: int, count: int) -> None:
+    """ValueError unless the groups fit the segment."""
+
+def permute(
+    docs: int,
+    starts: int,
+    columns: int,
+    values: int,
+    order: int,
+    starts_out: int,
+    columns_out: int,
+    values_out: int,
+    threads: int,
+) -> None:
+    """Rows in another order."""
 
 def count_rows(segment: Segment, keep: int, lengths: int) -> None:
     """Non-zeros of each document whose bit is set."""
@@ -80,7 +112,7 @@ def extract_rows(segment: Segment, keep: int, starts: int, columns: int, values:
     """Those documents as rows."""
 
 def search(
-    targets: list[tuple[Segment, int, int]],
+    targets: list[tuple[Segment, int, int, Segment | None, int]],
     queries: int,
     starts: int,
     columns: int,
@@ -90,6 +122,7 @@ def search(
     trust: float,
     survivors: int,
     cut: float,
+    groups: int,
     threads: int,
     scores: int,
     ids: int,
@@ -99,7 +132,12 @@ def search(
     """
 
 def count_postings(
-    targets: list[tuple[Segment, int, int]], queries: int, starts: int, columns: int, values: int, counts: int
+    targets: list[tuple[Segment, int, int, Segment | None, int]],
+    queries: int,
+    starts: int,
+    columns: int,
+    values: int,
+    counts: int,
 ) -> None:
     """Postings that each query touches."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .grouping import FEWEST, Groups, grouped
 from .native import aligned, require
 from .rows import Tidy
 
@@ -20,6 +21,7 @@ class Part:
     block: np.ndarray
     native: Any
     alive: np.ndarray | None = None
+    groups: Groups | None = None
 
     @staticmethod
     def build(rows: Tidy, dim: int, values: bool, ids: np.ndarray, threads: int) -> Part:
@@ -38,8 +40,33 @@ class Part:
         """ValueError if the block is damaged."""
         return Part(block, require().Segment(block.ctypes.data, block.nbytes), alive)
 
+    def grouped(self, threads: int) -> Part:
+        """The living documents with those that are alike side by side; itself where they are few."""
+        if self.groups is not None or self.living < FEWEST or not self.native.exact:
+            return self
+        rows, ids = self.rows()
+        rows, order, starts, block = grouped(rows, self.native.dim, threads)
+        part = Part.build(rows, self.native.dim, True, ids[order], threads)
+        return replace(part, groups=Groups.view(block, starts, part.native))
+
+    def target(self, allowed: np.ndarray | None, groups: bool = True) -> tuple:
+        """What a native search takes."""
+        near = self.groups if groups else None
+        centres = (None, 0) if near is None else (near.native, near.starts.ctypes.data)
+        return (self.native, address(allowed), self._count(allowed), *centres)
+
+    def _count(self, allowed: np.ndarray | None) -> int:
+        if allowed is self.alive:
+            return self.living
+        return int(np.count_nonzero(unpacked(allowed, len(self)))) if allowed is not None else len(self)
+
     def __len__(self) -> int:
         return self.native.docs
+
+    @property
+    def nbytes(self) -> int:
+        near = self.groups
+        return self.block.nbytes + (0 if near is None else near.block.nbytes + near.starts.nbytes)
 
     @cached_property
     def living(self) -> int:
@@ -48,11 +75,19 @@ class Part:
     @cached_property
     def ids(self) -> np.ndarray:
         """int64 [documents], deleted ones included."""
-        if not self.native.ids:
+        if self._running:
             return np.arange(self.native.first_id, self.native.first_id + len(self))
+        if self.native.offsets:
+            start = self.native.offsets - self.block.ctypes.data
+            return self.block[start : start + 4 * len(self)].view(np.uint32).astype(np.int64) + self.native.first_id
         # The array must keep the block alive, which a bare address does not.
         start = self.native.ids - self.block.ctypes.data
         return self.block[start : start + 8 * len(self)].view(np.int64)
+
+    @property
+    def _running(self) -> bool:
+        """Ids count up from the first and are not stored."""
+        return not (self.native.ids or self.native.offsets)
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -63,7 +98,7 @@ class Part:
 
     def places(self, ids: np.ndarray) -> np.ndarray:
         """Where those of the ids are that live here."""
-        if self.native.ids:
+        if not self._running:
             at = np.searchsorted(self.ids, ids, sorter=self._order)
             at = self._order[np.minimum(at, len(self) - 1)] if len(self) else at[:0]
             at = at[self.ids[at] == ids] if len(self) else at
@@ -82,7 +117,7 @@ class Part:
         if chosen.dtype != bool:
             mask = np.zeros(len(self), bool)
             mask[self.places(chosen)] = True
-        elif self.native.ids:
+        elif not self._running:
             ids = self.ids
             mask = (
                 chosen[np.minimum(ids, len(chosen) - 1)] & (ids < len(chosen))

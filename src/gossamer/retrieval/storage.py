@@ -23,7 +23,7 @@ import numpy as np
 
 from .native import aligned, require
 
-MAGIC, VERSION = b"GOSSIDX\n", 1
+MAGIC, VERSION = b"GOSSIDX\n", 2  # 2: groups, short ids
 _HEADER = struct.Struct("<8sIIQQQQ")
 _PIECE = 1 << 24
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,16 +14,23 @@ from .rows import Rows, as_rows
 if TYPE_CHECKING:
     from .index import Hits, SparseIndex
 
-SAMPLE = 200
+SAMPLE = 400
+MARGIN = 1.6  # standard errors: the recall is met on other queries, too
+LEAST = 0.8  # recalls below are of no use
+GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GROUPS_FIRST = (2, 8, 24)
 CUTS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.09, 0.11, 0.13, 0.155, 0.18, 0.215, 0.25, 0.3, 0.35)
 SURVIVORS = (1, 2, 4, 8, 16, 32)
 TRUSTS = (0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 
 
 class Setting(NamedTuple):
-    """recall: measured, between 0 and 1, of the k best; cut: contributions below this share of the query's largest are
-    skipped; survivors: documents then scored exactly; seconds: a query took. With 0 survivors the search is the exact
-    one, but for trust: bounds on what it leaves out count that much, and below 1 it may miss some of the best.
+    """recall: of the k best, between 0 and 1, a lower bound from what was measured; seconds: a query took.
+
+    groups: so many groups of like documents are looked at first (see `SparseIndex.group`). cut: contributions below
+    this share of the query's largest are skipped; survivors: documents then scored exactly. With 0 survivors the search
+    is the exact one, but for trust: bounds on what it leaves out count that much, and below 1 it may miss some of the
+    best. With trust 0 it looks at the groups only.
     """
 
     recall: float
@@ -29,37 +38,62 @@ class Setting(NamedTuple):
     survivors: int
     seconds: float
     trust: float = 1.0
+    groups: int = 0
+
+    @property
+    def exact(self) -> bool:
+        return self.trust == 1 and self.survivors == 0
 
 
-def calibrate(index: SparseIndex, queries: Any, k: int, threads: int) -> list[Setting]:
-    """The settings that no other one beats in both recall and time, fastest first."""
+def calibrate(index: SparseIndex, queries: Any, k: int, threads: int, margin: float) -> list[Setting]:
+    """The settings that no other one beats in both recall and time, fastest first, and the fastest exact one."""
     rows = _sample(index) if queries is None else as_rows(queries, index.dim)
     exact = Setting(1.0, 0.0, 0 if index.values else k, 0.0)
     truth = index.search(rows, k, setting=exact, threads=threads).ids
-    measured = [_measure(index, rows, truth, exact, threads)]
+
+    def measure(setting: Setting) -> Setting:
+        return _measure(index, rows, truth, setting, threads, margin)
+
+    measured = [measure(exact)]
+    if index.groups:
+        measured += _by_groups(measure, exact, index.groups)
     for trust in TRUSTS if index.values else ():
-        measured.append(_measure(index, rows, truth, exact._replace(trust=trust), threads))
-        if measured[-1].recall < 0.8:
+        measured.append(measure(exact._replace(trust=trust)))
+        if measured[-1].recall < LEAST:
             break
     # Without exact values a score is what was summed: nothing may be left out.
     for cut in CUTS if index.values else CUTS[:1]:
         best = 0.0
         for times in SURVIVORS if index.values else (1,):
-            setting = _measure(index, rows, truth, Setting(0.0, cut, times * k, 0.0), threads)
-            measured.append(setting)
-            if setting.recall <= best + 1e-4:
+            measured.append(measure(Setting(0.0, cut, times * k, 0.0)))
+            if measured[-1].recall <= best + 1e-4:
                 break
-            best = setting.recall
-        if best < 0.8:
+            best = measured[-1].recall
+        if best < LEAST:
             break
     return front(measured)
 
 
+def _by_groups(measure: Callable[[Setting], Setting], exact: Setting, groups: int) -> list[Setting]:
+    """Nothing but groups, more and more of them; then a few of them before a search of the rest."""
+    measured: list[Setting] = []
+    for n in takewhile(lambda n: n <= groups, GROUPS):
+        measured.append(measure(exact._replace(trust=0.0, groups=n)))
+        if measured[-1].recall > 0.999:
+            break
+    for n in GROUPS_FIRST:
+        for trust in (1.0, *TRUSTS):
+            measured.append(measure(exact._replace(trust=trust, groups=n)))
+            if measured[-1].recall < LEAST:
+                break
+    return measured
+
+
 def front(settings: list[Setting]) -> list[Setting]:
-    """Of settings in order of time, those with a higher recall than all before them; the exact one is the last."""
+    """Of settings in order of time, those with a higher recall than all before them; the fastest exact one is there."""
     kept: list[Setting] = []
     for setting in sorted(settings, key=lambda s: (s.seconds, -s.recall)):
-        if not kept or setting.recall > kept[-1].recall:
+        if not kept or setting.recall > kept[-1].recall or (setting.exact and not any(s.exact for s in kept)):
             kept.append(setting)
     return kept
 
@@ -75,9 +109,17 @@ def recall(found: np.ndarray, truth: np.ndarray) -> float:
     return hits / max(int((truth >= 0).sum()), 1)
 
 
-def _measure(index: SparseIndex, rows: Rows, truth: np.ndarray, setting: Setting, threads: int) -> Setting:
+def _measure(
+    index: SparseIndex, rows: Rows, truth: np.ndarray, setting: Setting, threads: int, margin: float
+) -> Setting:
     runs = [timed(index, rows, truth.shape[1], setting, threads) for _ in range(2)]
-    return setting._replace(recall=recall(runs[0][0].ids, truth), seconds=min(seconds for _, seconds in runs))
+    seconds = min(seconds for _, seconds in runs)
+    if setting.exact:
+        return setting._replace(recall=1.0, seconds=seconds)
+    own = np.array([recall(f[None], t[None]) for f, t in zip(runs[0][0].ids, truth, strict=True) if t[0] >= 0])
+    error = own.std(ddof=1) / len(own) ** 0.5 if len(own) > 1 else 0.0
+    mean = float(own.mean()) if len(own) else 1.0
+    return setting._replace(recall=mean - margin * float(error), seconds=seconds)
 
 
 def _sample(index: SparseIndex) -> Rows:
