@@ -88,6 +88,26 @@ __device__ inline void prefetch(const void* from, u32 bytes) {
 #endif
 }
 
+// How a matrix lies in global memory and which boxes of it are copied; encoded by the driver (kernels/_lscd_map.py).
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+__device__ inline void prefetch_map(const TensorMap& map) {
+#if BULK
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+// The box of all rows from block `part` of 64 columns on, swizzled; zeros where there is no matrix.
+__device__ inline void tensor_copy(u32 to, const TensorMap& map, int part, u32 barrier) {
+#if BULK
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(0), "r"(part), "r"(barrier)
+               : "memory");
+#endif
+}
+
 // 16 bytes; zeros if `exists` is false, from a pointer that may be anywhere in the same array.
 __device__ inline void copy16(u32 to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");

@@ -19,9 +19,8 @@ THREADS = {
     (1, 2): {1: 640, 2: 640, 4: 512, 8: 384},
     (4, 1): {1: 1024, 2: 1024, 4: 1024, 8: 768, 16: 512},
 }
-# As in lscd.cuh: bytes of barriers, of a token's 256 columns of x, and of its 16 sums; slots of x that a stage needs.
-BARRIERS, PITCH, SUMS = {1: 2048, 4: 3072}, {1: 2 * DEPTH + 16, 4: 2 * DEPTH}, 80
-X_PER_STAGE, X_WARPS = {1: 1, 4: 2}, {1: 1, 4: 4}
+# As in lscd.cuh: bytes of barriers and of a token's 16 sums; slots of x that a stage needs.
+BARRIERS, SUMS, X_PER_STAGE = {1: 2048, 4: 3072}, 80, {1: 1, 4: 2}
 MAX_RING, MAX_WEIGHT_BARRIERS, MAX_X_RING = 8, 191, 32
 
 
@@ -71,7 +70,7 @@ class Work(NamedTuple):
 
     def slot(self, team: int) -> int:
         """Bytes of x."""
-        return 8 * self.tiles * PITCH[team] // X_PER_STAGE[team]
+        return 8 * self.tiles * 2 * DEPTH // X_PER_STAGE[team]
 
     def shared(self, cut: Cut) -> int:
         """Dynamic shared memory in bytes: x and stages, whose place the sums take."""
@@ -95,7 +94,7 @@ def kinds(work: Work, device: Gpu) -> Iterator[tuple[int, int, int]]:
 def cuts(work: Work, device: Gpu) -> Iterator[Cut]:
     """Every cut that fits the GPU, each with as many stages in flight as there is room for."""
     for team, pair, cluster in kinds(work, device):
-        most, per = (THREADS[team, pair][work.tiles] // 32 - X_WARPS[team]) // team, X_PER_STAGE[team]
+        most, per = (THREADS[team, pair][work.tiles] // 32 - 1) // team, X_PER_STAGE[team]
         count = -(-work.deep // cluster)
         for split in range(1, min(most, count) + 1):
             for high in range(1, min(most // split * team, -(-work.rows // (16 * pair))) + 1):
