@@ -220,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
     if (lane == 0) prefetch_map(map);
     for (int i = lane; i < x_ring; i += 32) {
       init_barrier(x_full + 8 * i, COPIERS);
-      init_barrier(x_empty + 8 * i, warps / split);
+      init_barrier(x_empty + 8 * i, warps / split * COPIERS);
     }
     if (TEAM > 1 && lane == 0) init_barrier(base + X_BARRIERS - 8, warps);
     publish_barriers();
@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
       wait(x_full + 8 * there.slot, there.parity);
       if (works) consume(sums, stage, x_lane + there.slot * SLOT, lane);
       __syncwarp();
-      if (lane == 0) arrive(x_empty + 8 * there.slot);
+      if (lane < COPIERS) arrive(x_empty + 8 * there.slot);
       if (works && t + ring < turns) table.copy(t + ring, stage, stages, full + 8 * here.slot, policy);
       here.advance(1, ring);
       there.advance(split, x_ring);

@@ -10,7 +10,9 @@
 #define CLUSTERED(COUNT)
 #endif
 
-constexpr int COPIERS = BULK ? 1 : 32;  // lanes that take part in the copy of a stage
+// Lanes that take part in a copy, and in giving back what was copied. Before Hopper all give back, each for itself: one
+// lane could for all after a __syncwarp(), but racecheck, which watches those copies, follows no such chain.
+constexpr int COPIERS = BULK ? 1 : 32;
 
 struct Ring {
   int slot;

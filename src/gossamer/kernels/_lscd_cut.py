@@ -138,30 +138,30 @@ class Costs(NamedTuple):
     turn_tile: dict[tuple[bool, int], float]
 
 
-# Fitted to 2,000 measured cuts of 200 products on an H100: the cut with the least prediction was 1 % slower than the
-# best that was measured, on average.
+# Fitted to 2,000 measured cuts of 200 products on an H100, those of mma.sync once more to 57 since x is copied by tensor
+# maps: the cut with the least prediction was 1 % slower than the best that was measured, on average.
 COSTS = {
     1: Costs(
-        launch=1.43,
-        wave=3.51,
-        load_rate=28000.0,
+        launch=1.12,
+        wave=2.74,
+        load_rate=25900.0,
         latency=2.56,
-        x_rate=160000.0,
-        overlap=0.63,
+        x_rate=531000.0,
+        overlap=0.494,
         no_overlap=0.229,
-        cluster={1: 0, 2: 0.235, 4: 1.04},
-        per_split=0.0155,
-        exposed=(0.289, 0.0273, 0.0478),
-        sums=0.0237,
-        turn={False: 0.968, True: 0.854},
+        cluster={1: 0, 2: 0.969},
+        per_split=0.0115,
+        exposed=(0.241, 0.0228, 0.0399),
+        sums=0.0156,
+        turn={False: 0.84, True: 0.742},
         idle=0.6,
         stage={
-            (False, 1): (0.0495, 0.0659, 0.0904, 0.153),
+            (False, 1): (0.0581, 0.0752, 0.0904, 0.153),
             (False, 2): (0.147, 0.178, 0.233, 0.352),
             (True, 1): (0.0149, 0.0235, 0.0315, 0.0491),
             (True, 2): (0.0586, 0.0862, 0.116, 0.237),
         },
-        turn_tile={(False, 1): 0.0225, (False, 2): 0.114, (True, 1): 0.113, (True, 2): 0.108},
+        turn_tile={(False, 1): 0.0197, (False, 2): 0.114, (True, 1): 0.113, (True, 2): 0.108},
     ),
     4: Costs(
         launch=0.724,

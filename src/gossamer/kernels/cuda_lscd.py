@@ -17,12 +17,13 @@ from .. import nvrtc
 from ..formats import Format
 from ..formats.bitmask import Bitmask
 from . import Case, Kernel, KernelError, Packed
-from ._lscd_cut import COSTS, THREADS, TILES, X_PER_STAGE, Cut, Gpu, Work, best_cut
+from ._lscd_cut import THREADS, TILES, X_PER_STAGE, Cut, Gpu, Work, best_cut
 from ._lscd_map import COLUMNS, NO_MAP, tensor_map
 from ._lscd_pack import DEPTH, LINE, STEPS, head_bytes, pack_matrix, share_of_items
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_TOKENS = 256
+LOAD_RATE = 28000  # bytes per microsecond and processor, as NOT_HIDDEN was measured
 ROOM = 256  # bytes that the largest stage is rounded to, so that layers alike share a cut
 # How much of the time to multiply a stage does not hide behind its loading, on the largest matrices; by words.
 NOT_HIDDEN = {False: 0.044, True: 0.0245}
@@ -99,7 +100,7 @@ def words_pay(dense: Tensor) -> bool:
     values, registers = share_of_items(dense)
     stage_times = []
     for words, share, padding in ((False, values, 2.5), (True, registers, 2)):  # padding: rows, measured
-        load = (head_bytes(words) + padding * LINE + 32 * DEPTH * share) / COSTS[1].load_rate
+        load = (head_bytes(words) + padding * LINE + 32 * DEPTH * share) / LOAD_RATE
         stage_times.append(load + NOT_HIDDEN[words])
     return stage_times[1] < stage_times[0]
 
