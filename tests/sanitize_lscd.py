@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 import torch
-from test_cuda_lscd import ptx
 
 from gossamer import nvrtc
 from gossamer.kernels import _lscd_cut, cuda_lscd
@@ -23,6 +22,8 @@ def main(older: bool) -> int:
     torch.manual_seed(0)
     device, worst, runs = cuda_lscd.gpu(0), 0.0, 0
     if older:
+        from test_cuda_lscd import ptx
+
         nvrtc.compile = ptx
         device = device._replace(clusters=False, wgmma=False, shared=99 << 10)
         cuda_lscd.gpu = lambda index: device

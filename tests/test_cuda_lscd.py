@@ -150,13 +150,13 @@ class Encoder:
     def __init__(self, error: int) -> None:
         self.error = error
 
-    def cuTensorMapEncodeTiled(self, place, kind, rank, address, *rest) -> int:  # noqa: N802
+    def cuTensorMapEncodeTiled(self, place, kind, rank, address, *rest) -> int:
         self.seen = kind, rank, address.value, [tuple(r) if isinstance(r, ctypes.Array) else r for r in rest]
         assert place.value % 64 == 0
         ctypes.memset(place, 0xAB, 128)
         return self.error
 
-    def cuGetErrorString(self, error, text) -> int:  # noqa: N802
+    def cuGetErrorString(self, error, text) -> int:
         return 0
 
 

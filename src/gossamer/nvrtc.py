@@ -63,8 +63,8 @@ class Function:
     """One entry of a device source under one set of macros, compiled on first use for the GPU it is launched on.
 
     `args` has a `struct` character per parameter, pointers first: P pointer (a tensor; one without elements passes
-    null), i and I int32 and uint32, q and Q int64 and uint64, f float, d double, T the bytes of a CUtensorMap. `shared` is the most dynamic shared
-    memory a launch will ask for, in bytes; above 48 KB the driver must be told.
+    null), i and I int32 and uint32, q and Q int64 and uint64, f float, d double; and T for a tensor map, as bytes.
+    `shared` is the most dynamic shared memory a launch will ask for, in bytes; above 48 KB the driver must be told.
     """
 
     def __init__(
@@ -81,7 +81,11 @@ class Function:
         return f"{self.file}:{self.entry}[{', '.join('='.join(m) for m in self.macros)}]"
 
     def launch(
-        self, grid: tuple[int, int, int], block: tuple[int, int, int], *args: torch.Tensor | float | bytes, shared: int = 0
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        *args: torch.Tensor | float | bytes,
+        shared: int = 0,
     ) -> None:
         """Run on the device of the first argument, a tensor, and on torch's current stream there.
 
