@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,10 +273,13 @@ def test_strides_leading_dimensions_and_no_tokens() -> None:
 
 
 @pytest.mark.gpu
-def test_same_bits_again_on_another_stream_and_in_a_graph() -> None:
+def test_same_bits_again_in_another_thread_on_another_stream_and_in_a_graph() -> None:
     a, x = sparse(1024, 4096, 0.5).cuda(), torch.randn(16, 4096, device="cuda").bfloat16()
     packed = CudaLscd.pack(Bitmask.encode(a), torch.bfloat16)
     first = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    tensor_map.cache_clear()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(first, pool.submit(CudaLscd.run, x, packed.tensors, packed.meta, None).result())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
