@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool racecheck --kernel-name kns=ring python tests/sanitize_textbook.py lanes
 
-`lanes`: every reading lane gives a slot back for itself. `elected`: one lane does, after a __syncwarp(): as right, by the
-rules of the language. `hasty`: the copies do not wait for it. docs/kernels/lscd.md says what was found.
+`lanes`: every reading lane gives a slot back for itself. `elected`: one lane does, after a __syncwarp(): as right, by
+the rules of the language. `hasty`: the copies do not wait for it. docs/kernels/lscd.md says what was found.
 """
 
 from __future__ import annotations
