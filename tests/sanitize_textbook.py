@@ -3,7 +3,7 @@
     compute-sanitizer --tool racecheck --kernel-name kns=ring python tests/sanitize_textbook.py lanes
 
 `lanes`: every reading lane gives a slot back for itself. `elected`: one lane does, after a __syncwarp(): as right, by
-the rules of the language. `hasty`: the copies do not wait for it. docs/kernels/lscd.md says what was found.
+the rules of the language. `early`: they do not wait for the copies. docs/kernels/lscd.md says what was found.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ extern "C" __global__ void __launch_bounds__(64) ring(const float* x, float* y, 
   for (int t = 0; t < turns; ++t) {
     const int slot = t % SLOTS, turn = t / SLOTS;
     if (threadIdx.x >= 32) {
-      if (WAITS && turn) wait(empty + 8 * slot, (turn - 1) % 2);
+      if (turn) wait(empty + 8 * slot, (turn - 1) % 2);
       copy16(address(slots[slot]) + lane * 16, x + t * 128 + lane * 4, true);
       arrive_when_copied(full + 8 * slot);
     } else {
-      wait(full + 8 * slot, turn % 2);
+      if (WAITS) wait(full + 8 * slot, turn % 2);
       for (int i = 0; i < 4; ++i) sum += slots[slot][(lane * 4 + i + 8) % 128];  // what other lanes copied
       __syncwarp();
       if (!ELECTED || lane == 0) arrive(empty + 8 * slot);
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(64) ring(const float* x, float* y, 
   if (threadIdx.x < 32) y[lane] = sum;
 }
 """
-KINDS = {"lanes": (0, 1), "elected": (1, 1), "hasty": (0, 0)}
+KINDS = {"lanes": (0, 1), "elected": (1, 1), "early": (0, 0)}
 
 
 def main(kind: str) -> int:

@@ -170,6 +170,8 @@ def test_the_map_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver.seen == (9, 3, 1 << 40, [(64, 70, 37), (4736, 128), (64, 128, 4), (1, 1, 1), 0, 3, 3, 0])
     encode(256, 1, 64, 8, 128, False)
     assert driver.seen == (6, 3, 256, [(64, 1, 1), (128, 128), (64, 8, 2), (1, 1, 1), 0, 3, 3, 0])
+    with pytest.raises(ValueError, match="72 columns, not in blocks of 64; fix: pad x"):
+        encode(256, 1, 72, 8, 128, False)
     driver.error = 1
     with pytest.raises(nvrtc.LaunchError, match=r"a tensor map of x \[1, 64\] at 0x100: CUDA error 1"):
         encode(256, 1, 64, 8, 128, False)
@@ -183,7 +185,7 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | Non
         y = CudaLscd.run(x, packed.tensors, packed.meta, bias)
     else:
         y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
-        cuda_lscd.launch(x, packed.tensors, packed.meta, bias, y, cut)
+        cuda_lscd.launch(cuda_lscd._rows(x, packed.meta), packed.tensors, packed.meta, bias, y, cut)
     expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
     error = float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     # A single result is rounded by up to 2^-8 (bfloat16) or 2^-11; many, by less than 2e-3 on average.

@@ -20,8 +20,10 @@ def tensor_map(address: int, tokens: int, cols: int, most_tokens: int, deep: int
     """The map of x [tokens, cols] at `address`, rows end to end, for boxes of `most_tokens` by `deep` columns.
 
     It has three dimensions: the columns of a block, tokens, blocks. `address` is a multiple of 16, `cols` and `deep`
-    are multiples of COLUMNS. Raises nvrtc.LaunchError where the driver refuses them.
+    are multiples of COLUMNS. Raises ValueError where `cols` is not, nvrtc.LaunchError where the driver refuses.
     """
+    if cols % COLUMNS:
+        raise ValueError(f"x has {cols} columns, not in blocks of {COLUMNS}; fix: pad x")
     buffer = ctypes.create_string_buffer(BYTES + ALIGNMENT)
     skipped = -ctypes.addressof(buffer) % ALIGNMENT
     dims = (ctypes.c_uint64 * 3)(COLUMNS, tokens, cols // COLUMNS)
