@@ -3,8 +3,8 @@
     compute-sanitizer --tool racecheck --num-cuda-barriers 65536 --kernel-name kns=lscd python tests/sanitize_lscd.py
 
 and the same with `--tool memcheck --report-api-errors no` (the driver is also asked for what it lacks). Every ring
-wraps; wgmma and mma.sync, clusters, both kinds of items. With `--older` the path of GPUs before Hopper, through PTX that
-the driver translates.
+wraps; wgmma and mma.sync, clusters, both kinds of items. With `--older` the path of GPUs before Hopper, through PTX
+that the driver translates.
 """
 
 from __future__ import annotations
