@@ -46,7 +46,7 @@ def tables() -> str:
     prepared = [x["ratio"] for k, x in cells.items() if k[3] == DISPATCHED]
     out += [
         "",
-        f"The slowest of {len(prepared)} cells with prepared layers, against dense: {min(prepared):.3f}x (0.97).",
+        f"The slowest of {len(prepared)} cells of prepared layers, against dense: {min(prepared):.3f}x (0.97).",
     ]
     return "\n".join([*out, ""])
 
