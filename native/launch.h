@@ -22,10 +22,10 @@ inline void put_parameter(char kind, nanobind::handle value, uint64_t* to) {
     case 'f': return put(nanobind::cast<float>(value));
     case 'd': return put(nanobind::cast<double>(value));
   }
-  throw std::invalid_argument("cuda_launch: a kind of parameter is none of i, I, q, Q, P, f, d");
+  throw std::invalid_argument("cuda_launch: a kind of parameter is none of i, I, q, Q, P, f, d, T");
 }
 
-// `values`: one per character of `kinds`. Grid and block are three sizes each.
+// `values`: one per character of `kinds`; T is a tensor map, as bytes. Grid and block are three sizes each.
 inline int cuda_launch(uintptr_t launch, uintptr_t function, const char* kinds, uintptr_t stream, unsigned shared,
                        nanobind::tuple grid, nanobind::tuple block, nanobind::args values) {
   using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
@@ -38,8 +38,14 @@ inline int cuda_launch(uintptr_t launch, uintptr_t function, const char* kinds, 
   uint64_t slots[MOST];
   void* table[MOST];
   for (size_t i = 0; i < count; ++i) {
-    put_parameter(kinds[i], values[i], &slots[i]);
     table[i] = &slots[i];
+    if (kinds[i] == 'T') {
+      const auto map = nanobind::cast<nanobind::bytes>(values[i]);  // `values` keeps it alive
+      if (map.size() != 128) throw std::invalid_argument("cuda_launch: a tensor map has 128 bytes");
+      table[i] = const_cast<void*>(map.data());
+      continue;
+    }
+    put_parameter(kinds[i], values[i], &slots[i]);
   }
   unsigned sizes[6];
   for (size_t i = 0; i < 6; ++i) sizes[i] = nanobind::cast<unsigned>(i < 3 ? grid[i] : block[i - 3]);

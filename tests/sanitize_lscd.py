@@ -2,21 +2,32 @@
 
     compute-sanitizer --tool racecheck --num-cuda-barriers 65536 --kernel-name kns=lscd python tests/sanitize_lscd.py
 
-and the same with `--tool memcheck`. Every ring wraps; wgmma and mma.sync, clusters, both kinds of items.
+and the same with `--tool memcheck --report-api-errors no` (the driver is also asked for what it lacks). Every ring
+wraps; wgmma and mma.sync, clusters, both kinds of items. With `--older` the path of GPUs before Hopper, through PTX
+that the driver translates.
 """
+
+from __future__ import annotations
 
 import sys
 
 import torch
 
+from gossamer import nvrtc
 from gossamer.kernels import _lscd_cut, cuda_lscd
 
 ROWS, COLS, DENSITY = 160, 3072, 0.4
 
 
-def main() -> int:
+def main(older: bool) -> int:
     torch.manual_seed(0)
     device, worst, runs = cuda_lscd.gpu(0), 0.0, 0
+    if older:
+        from test_cuda_lscd import ptx
+
+        nvrtc.compile = ptx
+        device = device._replace(clusters=False, wgmma=False, shared=99 << 10)
+        cuda_lscd.gpu = lambda index: device
     a = (torch.randn(ROWS, COLS) * (torch.rand(ROWS, COLS) < DENSITY)).bfloat16().cuda()
     for words in (False, True):
         packed = cuda_lscd.pack_dense(a, words)
@@ -35,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("--older" in sys.argv[1:]))

@@ -1,6 +1,8 @@
 """The LSCD layout packed and walked on the CPU, sources compiled for every arch, and products where there is a GPU."""
 
+import ctypes
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from gossamer import nvrtc
 from gossamer.formats.bitmask import Bitmask
 from gossamer.kernels import Case, KernelError, _lscd_cut, cuda_lscd
 from gossamer.kernels._lscd_cut import Cut, Gpu, Work
+from gossamer.kernels._lscd_map import tensor_map
 from gossamer.kernels._lscd_pack import DEPTH, LINE, head_bytes, pack_matrix, share_of_items, unpack_matrix
 from gossamer.kernels.cuda_lscd import CudaLscd
 
@@ -111,7 +114,7 @@ def test_every_cut_fits(shape: tuple[int, int], density: float, device: Gpu) -> 
         assert device.clusters or best.cluster == 1
         assert device.wgmma or best.team == 1
         assert work.shared(best) <= device.shared
-        assert 32 * (best.warps + _lscd_cut.X_WARPS[best.team]) <= _lscd_cut.THREADS[best.team, best.pair][tiles]
+        assert 32 * (best.warps + 1) <= _lscd_cut.THREADS[best.team, best.pair][tiles]
         assert best.x_ring >= best.split * _lscd_cut.X_PER_STAGE[best.team]
         assert best.warps * best.ring <= 191 and best.x_ring <= 32
         assert work.panels(best) * best.pair * best.high * 16 >= shape[0]
@@ -142,6 +145,38 @@ def test_refusals() -> None:
         CudaLscd.pack(Bitmask.encode(sparse(16, 32, 0.5)), torch.float32)
 
 
+class Encoder:
+    """A driver that notes what it should encode."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+
+    def cuTensorMapEncodeTiled(self, place, kind, rank, address, *rest) -> int:
+        self.seen = kind, rank, address.value, [tuple(r) if isinstance(r, ctypes.Array) else r for r in rest]
+        assert place.value % 64 == 0
+        ctypes.memset(place, 0xAB, 128)
+        return self.error
+
+    def cuGetErrorString(self, error, text) -> int:
+        return 0
+
+
+def test_the_map_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Encoder(0)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    encode = tensor_map.__wrapped__
+    assert encode(1 << 40, 70, 2368, 128, 256, True) == b"\xab" * 128
+    # Columns of a block, tokens and blocks; the bytes from token to token and from block to block.
+    assert driver.seen == (9, 3, 1 << 40, [(64, 70, 37), (4736, 128), (64, 128, 4), (1, 1, 1), 0, 3, 3, 0])
+    encode(256, 1, 64, 8, 128, False)
+    assert driver.seen == (6, 3, 256, [(64, 1, 1), (128, 128), (64, 8, 2), (1, 1, 1), 0, 3, 3, 0])
+    with pytest.raises(ValueError, match="72 columns, not in blocks of 64; fix: pad x"):
+        encode(256, 1, 72, 8, 128, False)
+    driver.error = 1
+    with pytest.raises(nvrtc.LaunchError, match=r"a tensor map of x \[1, 64\] at 0x100: CUDA error 1"):
+        encode(256, 1, 64, 8, 128, False)
+
+
 def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | None = None) -> None:
     a, x = a.cuda(), x.cuda()
     bias = None if bias is None else bias.cuda()
@@ -150,7 +185,7 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | Non
         y = CudaLscd.run(x, packed.tensors, packed.meta, bias)
     else:
         y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
-        cuda_lscd.launch(x, packed.tensors, packed.meta, bias, y, cut)
+        cuda_lscd.launch(cuda_lscd._rows(x, packed.meta), packed.tensors, packed.meta, bias, y, cut)
     expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
     error = float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     # A single result is rounded by up to 2^-8 (bfloat16) or 2^-11; many, by less than 2e-3 on average.
@@ -240,10 +275,13 @@ def test_strides_leading_dimensions_and_no_tokens() -> None:
 
 
 @pytest.mark.gpu
-def test_same_bits_again_on_another_stream_and_in_a_graph() -> None:
+def test_same_bits_again_in_another_thread_on_another_stream_and_in_a_graph() -> None:
     a, x = sparse(1024, 4096, 0.5).cuda(), torch.randn(16, 4096, device="cuda").bfloat16()
     packed = CudaLscd.pack(Bitmask.encode(a), torch.bfloat16)
     first = CudaLscd.run(x, packed.tensors, packed.meta, None)
+    tensor_map.cache_clear()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(first, pool.submit(CudaLscd.run, x, packed.tensors, packed.meta, None).result())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

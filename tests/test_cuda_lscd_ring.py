@@ -1,8 +1,7 @@
 """The ring through which the warps of cuda/lscd.cuh share x, in every order in which its steps may happen.
 
-racecheck does not follow barriers in shared memory (it reports the same hazards when every copy is waited for before
-an ordinary arrival), so the protocol is checked here as a model: one warp copies, each chunk of stages has `warps`
-readers.
+racecheck sees neither tensor copies nor what wgmma reads, so the protocol is checked here as a model: one warp copies,
+each chunk of stages has `warps` readers.
 """
 
 from __future__ import annotations

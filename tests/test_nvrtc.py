@@ -69,7 +69,7 @@ def test_every_entry_of_every_source_is_a_variant() -> None:
 
 @pytest.mark.parametrize("function", nvrtc.variants(), ids=repr)
 def test_args_are_those_of_the_source(function: nvrtc.Function) -> None:
-    kinds = {"i64": "q", "u64": "Q", "i32": "i", "int": "i", "u32": "I", "float": "f"}
+    kinds = {"i64": "q", "u64": "Q", "i32": "i", "int": "i", "u32": "I", "float": "f", "TensorMap": "T"}
     listed = re.search(rf"\b{function.entry}\(([^)]*)\) {{", nvrtc.read(function.file))
     assert listed
     found = ["P" if "*" in p else kinds[p.split()[-2]] for p in listed[1].split(",")]
@@ -231,12 +231,13 @@ def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyP
     ct, seen = nvrtc.ctypes, []
     numbers = [ct.c_uint] * 7
     kinds = {"P": ct.c_uint64, "i": ct.c_int32, "I": ct.c_uint32, "q": ct.c_int64, "Q": ct.c_uint64}
-    kinds |= {"f": ct.c_float, "d": ct.c_double}
+    kinds |= {"f": ct.c_float, "d": ct.c_double, "T": ct.c_uint8 * 128}
 
     @ct.CFUNCTYPE(ct.c_int, ct.c_void_p, *numbers, ct.c_void_p, ct.POINTER(ct.c_void_p), ct.c_void_p)
     def entry(function: int, *args: Any) -> int:
         *sizes, stream, table, extra = args
-        values = [kinds[kind].from_address(table[i]).value for i, kind in enumerate("PPiIqQfd")]
+        found = [kinds[kind].from_address(table[i]) for i, kind in enumerate("PPiTIqQfd")]
+        values = [bytes(v) if isinstance(v, ct.Array) else v.value for v in found]
         seen.append((function, sizes, stream, values, extra))
         return 7
 
@@ -246,11 +247,11 @@ def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nvrtc, "_driver", Driver)
     monkeypatch.setattr(nvrtc.native, "available", lambda: built)
     high = 0x7FFF_1234_5678_9AB0  # an address that no 32-bit argument holds
-    values = [high, 2**64 - 16, -(2**31), 2**32 - 1, -(2**63), 2**64 - 1, 0.5, 0.1]
+    values = [high, 2**64 - 16, -(2**31), bytes(range(128)), 2**32 - 1, -(2**63), 2**64 - 1, 0.5, 0.1]
     launch = nvrtc._launcher.__wrapped__()
-    assert launch(high + 16, "PPiIqQfd", high + 32, 98304, (65535, 2, 3), (128, 4, 5), *values) == 7
+    assert launch(high + 16, "PPiTIqQfd", high + 32, 98304, (65535, 2, 3), (128, 4, 5), *values) == 7
     assert seen == [(high + 16, [65535, 2, 3, 128, 4, 5, 98304], high + 32, values, None)]
-    for kind, value in ("i", 2**31), ("I", -1), ("q", 2**63), ("P", 0.5):
+    for kind, value in ("i", 2**31), ("I", -1), ("q", 2**63), ("P", 0.5), ("T", 1):
         with pytest.raises((RuntimeError, nvrtc.struct.error)):  # nanobind's bad cast is a RuntimeError
             launch(high, kind, 0, 0, (1, 1, 1), (1, 1, 1), value)
     with pytest.raises(ValueError):

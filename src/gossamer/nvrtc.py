@@ -40,6 +40,7 @@ STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without ask
 EXTRA = "fix: pip install 'gossamer[cuda]'"
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _DIGEST = hashlib.sha256().digest_size
+_STRUCT = {"T": "128s"}  # kinds of arguments that `struct` does not have
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not touched the GPU yet
 _address = torch.Tensor.data_ptr
 # What torch's own generated code calls; a build without CUDA lacks them.
@@ -62,8 +63,8 @@ class Function:
     """One entry of a device source under one set of macros, compiled on first use for the GPU it is launched on.
 
     `args` has a `struct` character per parameter, pointers first: P pointer (a tensor; one without elements passes
-    null), i and I int32 and uint32, q and Q int64 and uint64, f float, d double. `shared` is the most dynamic shared
-    memory a launch will ask for, in bytes; above 48 KB the driver must be told.
+    null), i and I int32 and uint32, q and Q int64 and uint64, f float, d double; and T for a tensor map, as bytes.
+    `shared` is the most dynamic shared memory a launch will ask for, in bytes; above 48 KB the driver must be told.
     """
 
     def __init__(
@@ -80,7 +81,11 @@ class Function:
         return f"{self.file}:{self.entry}[{', '.join('='.join(m) for m in self.macros)}]"
 
     def launch(
-        self, grid: tuple[int, int, int], block: tuple[int, int, int], *args: torch.Tensor | float, shared: int = 0
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        *args: torch.Tensor | float | bytes,
+        shared: int = 0,
     ) -> None:
         """Run on the device of the first argument, a tensor, and on torch's current stream there.
 
@@ -288,10 +293,10 @@ def _launcher() -> Callable[..., int]:
 
 
 def _launch(
-    entry: Any, function: int, kinds: str, stream: int, shared: int, grid: tuple, block: tuple, *values: float
+    entry: Any, function: int, kinds: str, stream: int, shared: int, grid: tuple, block: tuple, *values: float | bytes
 ) -> int:
     """What native/launch.h does, for an installation without native code."""
-    packed = [struct.pack(kind, value) for kind, value in zip(kinds, values, strict=True)]
+    packed = [struct.pack(_STRUCT.get(kind, kind), value) for kind, value in zip(kinds, values, strict=True)]
     buffers = [ctypes.create_string_buffer(p, len(p)) for p in packed]
     table = (ctypes.c_void_p * len(buffers))(*map(ctypes.addressof, buffers))
     numbers = map(ctypes.c_uint, (*grid, *block, shared))
@@ -373,4 +378,4 @@ def _parameters(function: Any) -> list[int]:
 
 
 def _sizes(args: str) -> list[int]:
-    return [struct.calcsize(a) for a in args]
+    return [struct.calcsize(_STRUCT.get(a, a)) for a in args]

@@ -9,11 +9,10 @@
 constexpr int DEPTH = 16 * STEPS, TOKENS = 8 * TILES, ROW = 128;
 constexpr int MASKS = WORDS ? 16 * STEPS : 32 * STEPS, HEAD = MASKS + 128;
 constexpr int PER_WORD = WORDS ? 8 : 4;  // steps that a word of the masks serves
-// x in shared memory. For mma.sync a slot is a whole stage, and its rows are shifted by 16 bytes against each other, so
-// that ldmatrix meets all banks. For wgmma it is half a stage, in two parts of 64 columns whose 16 bytes are swizzled.
+// A slot of x in shared memory is a stage deep, for wgmma half a stage, in parts of 64 columns: rows of 128 bytes, one
+// per token, whose pieces of 16 bytes are swizzled by the token modulo 8, so that ldmatrix meets all banks.
 constexpr int X_PER_STAGE = TEAM > 1 ? 2 : 1, X_DEPTH = DEPTH / X_PER_STAGE;
-constexpr int PITCH = 2 * DEPTH + 16, PART = TOKENS * 128, SLOT = TEAM > 1 ? 2 * PART : TOKENS * PITCH;
-constexpr int X_WARPS = TEAM > 1 ? 4 : 1;
+constexpr int PART = TOKENS * 128, SLOT = X_DEPTH / 64 * PART;
 constexpr int X_BARRIERS = 1536, NOTHING = 2048;  // an empty stage, for the warps of a team that have no rows
 constexpr int BARRIERS = TEAM > 1 ? 3072 : 2048;
 constexpr int WORTH_WAKING = 32;  // lines of a stage: 5 % gained above (half of all values), 2 % lost below
@@ -21,22 +20,27 @@ constexpr int SUM_PITCH = 20;  // floats of one token's 16 sums: no two lanes of
 
 extern __shared__ __align__(1024) u8 shared[];
 
-// X_DEPTH columns of every token from `first` on, zeros past the last column. Called by X_WARPS warps, which take turns
-// at the rows. The engine for bulk copies takes as long for a row of this length as a warp does for many, so it is left
-// to the weights. Unrolled, with one addition per address: one warp among twenty issues an instruction in 5 clocks.
-__device__ inline void copy_x(u32 to, const u16* x, int first, int cols, int tokens, u32 barrier, int lane, int warp) {
-  constexpr int PIECES = X_DEPTH / 8, ROWS = PIECES < 32 ? 32 / PIECES : 1;  // rows that the lanes copy at once
-  const int piece = lane % PIECES, begin = warp * ROWS + lane / PIECES;
+// X_DEPTH columns of every token from `first` on, zeros past the last one. Called by a warp.
+__device__ inline void copy_x(u32 to, const TensorMap& map, const u16* x, int first, int cols, int tokens, u32 barrier,
+                              int lane) {
+#if BULK
+  if (lane == 0) {
+    expect(barrier, SLOT);
+    tensor_copy(to, map, first / 64, barrier);
+  }
+#else
+  constexpr int PIECES = X_DEPTH / 8, ROWS = 32 / PIECES;  // rows that the lanes copy at once
+  const int piece = lane % PIECES, begin = lane / PIECES;
   const bool exists = first + 8 * piece < cols;
-  static_assert(TEAM == 1 || ROWS * X_WARPS == 8, "the rows of a lane are swizzled alike");
   const u16* from = x + begin * (i64)cols + (exists ? first + 8 * piece : 0);
-  to += TEAM > 1 ? piece / 8 * PART + begin * 128 + (piece % 8 ^ begin) * 16 : begin * PITCH + piece * 16;
+  to += piece / 8 * PART + piece % 8 * 16;
 #pragma unroll
-  for (int row = 0; row < TOKENS; row += ROWS * X_WARPS) {
-    if (begin + row < tokens) copy16(to + row * (TEAM > 1 ? 128 : PITCH), from, exists);
-    from += ROWS * X_WARPS * (i64)cols;
+  for (int row = 0; row < TOKENS; row += ROWS) {
+    if (begin + row < tokens) copy16((to ^ (begin + row) % 8 * 16) + (begin + row) * 128, from, exists);
+    from += ROWS * (i64)cols;
   }
   arrive_when_copied(barrier);
+#endif
 }
 
 #if BF16
@@ -98,7 +102,7 @@ __device__ inline void expand_and_multiply(Sums& sums, Pointers (&at)[PAIR], con
   for (int tile = 0; tile < TILES; ++tile)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(b[tile][0]), "=r"(b[tile][1]), "=r"(b[tile][2]), "=r"(b[tile][3])
-                 : "r"(x + tile * 8 * PITCH)
+                 : "r"(x + tile * 1024)
                  : "memory");
 #pragma unroll
   for (int p = 0; p < PAIR; ++p) expand<STEP>(a[p], at[p], bits[p]);
@@ -131,12 +135,12 @@ __device__ inline void consume(Sums& sums, u32 stage, u32 x, int lane) {
     u32 next[PAIR];
 #pragma unroll
     for (int p = 0; p < PAIR; ++p) next[p] = load32(masks[p] + (word + 1) * 128);  // after the last: no mask, not used
-    x += word ? PER_WORD * 32 : 0;
+    x += word ? PER_WORD / 4 * PART : 0;
     expand_and_multiply<0>(sums, at, bits, x);
-    expand_and_multiply<2>(sums, at, bits, x + 64);
+    expand_and_multiply<2>(sums, at, bits, x ^ 64);
     if constexpr (PER_WORD == 8) {
-      expand_and_multiply<4>(sums, at, bits, x + 128);
-      expand_and_multiply<6>(sums, at, bits, x + 192);
+      expand_and_multiply<4>(sums, at, bits, x + PART);
+      expand_and_multiply<6>(sums, at, bits, (x ^ 64) + PART);
     }
 #pragma unroll
     for (int p = 0; p < PAIR; ++p) bits[p] = next[p];
@@ -168,13 +172,14 @@ __device__ inline u16 narrow(float value) {
 
 // A block of threads takes a panel, `high` blocks of 16 * PAIR rows; `split` warps share each of them, every one takes
 // each `split`-th stage. Warps of a team have blocks that follow each other and the same stages. A block of a cluster
-// takes its share of the stages of a row. Grid: panels * CLUSTER. Block: 32 * (high, rounded up to teams, * split +
-// X_WARPS), the last copy x. `offsets`: of stages, in 128 bytes. `deep`: stages in a row of stages. `ring`: stages that a
+// takes its share of the stages of a row. Grid: panels * CLUSTER. Block: 32 * (high, rounded up to teams, * split + 1),
+// the last warp copies x. `offsets`: of stages, in 128 bytes. `deep`: stages in a row of stages. `ring`: stages that a
 // warp keeps in flight, of up to `room` bytes; `x_ring`: slots of x, at least X_PER_STAGE * split. `lines`: 128 bytes
 // each, of all stages.
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
     lscd(const u8* stages, const u32* offsets, const u16* x, const u16* bias, u16* y, i32 rows, i32 cols, i32 tokens,
-         i32 deep, i32 high, i32 split, i32 ring, i32 x_ring, i32 room, i32 lines) {
+         i32 deep, i32 high, i32 split, i32 ring, i32 x_ring, i32 room, i32 lines,
+         const __grid_constant__ TensorMap map) {
 #if TEAM == 1 || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int SHARE = BULK ? CLUSTER : 1, TALL = 16 * PAIR;
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, warps = (high + TEAM - 1) / TEAM * TEAM * split;
@@ -190,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
   Sums sums = {};
 
   const auto copy_x_slot = [&](int i, int slot) {
-    copy_x(xs + slot * SLOT, x, from * DEPTH + i * X_DEPTH, cols, tokens, x_full + 8 * slot, lane, warp - warps);
+    copy_x(xs + slot * SLOT, map, x, from * DEPTH + i * X_DEPTH, cols, tokens, x_full + 8 * slot, lane);
   };
 
   const u32 full = base + warp * ring * 8;
@@ -212,18 +217,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
   }
   const int x_count = count * X_PER_STAGE;
   if (warp >= warps) {
-    if (warp == warps) {
-      for (int i = lane; i < x_ring; i += 32) {
-        init_barrier(x_full + 8 * i, 32 * X_WARPS);
-        init_barrier(x_empty + 8 * i, warps / split);
-      }
-      if (TEAM > 1 && lane == 0) init_barrier(base + X_BARRIERS - 8, warps);
-      publish_barriers();
+    if (lane == 0) prefetch_map(map);
+    for (int i = lane; i < x_ring; i += 32) {
+      init_barrier(x_full + 8 * i, COPIERS);
+      init_barrier(x_empty + 8 * i, warps / split * COPIERS);
     }
-    if constexpr (X_WARPS > 1)
-      asm volatile("bar.sync 1, %0;" ::"n"(32 * X_WARPS) : "memory");
-    else
-      __syncwarp();
+    if (TEAM > 1 && lane == 0) init_barrier(base + X_BARRIERS - 8, warps);
+    publish_barriers();
+    __syncwarp();
     for (int i = 0; i < x_ring && i < x_count; ++i) copy_x_slot(i, i);
   } else if constexpr (TEAM > 1) {
     for (int i = threadIdx.x; i < HEAD / 4; i += warps * 32) *(u32*)(shared + NOTHING + i * 4) = 0;
@@ -242,14 +243,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
       for (int t = 1; t < ring && t < turns; ++t) table.copy(t, own + t * room, stages, full + 8 * t, policy);
     Ring here{0, 0}, there{chunk * X_PER_STAGE, 0};
 #if TEAM == 1
-    const u32 x_lane = xs + lane % 8 * PITCH + lane / 8 * 16;
+    const u32 x_lane = xs + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
     for (int t = 0; t < turns; ++t) {
       const u32 stage = own + here.slot * room;
       if (works) wait(full + 8 * here.slot, here.parity);
       wait(x_full + 8 * there.slot, there.parity);
       if (works) consume(sums, stage, x_lane + there.slot * SLOT, lane);
       __syncwarp();
-      if (lane == 0) arrive(x_empty + 8 * there.slot);
+      if (lane < COPIERS) arrive(x_empty + 8 * there.slot);
       if (works && t + ring < turns) table.copy(t + ring, stage, stages, full + 8 * here.slot, policy);
       here.advance(1, ring);
       there.advance(split, x_ring);

@@ -10,7 +10,9 @@
 #define CLUSTERED(COUNT)
 #endif
 
-constexpr int COPIERS = BULK ? 1 : 32;  // lanes that take part in the copy of a stage
+// Lanes that take part in a copy, and in giving back what was copied. Before Hopper all give back, each for itself: one
+// lane could for all after a __syncwarp(), but racecheck, which watches those copies, follows no such chain.
+constexpr int COPIERS = BULK ? 1 : 32;
 
 struct Ring {
   int slot;
@@ -85,6 +87,26 @@ __device__ inline void bulk(u32 to, const void* from, u32 bytes, u32 barrier, u6
 __device__ inline void prefetch(const void* from, u32 bytes) {
 #if BULK
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// How a matrix lies in global memory and which boxes of it are copied; encoded by the driver (kernels/_lscd_map.py).
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+__device__ inline void prefetch_map(const TensorMap& map) {
+#if BULK
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+// The box of all rows from block `part` of 64 columns on, swizzled; zeros where there is no matrix.
+__device__ inline void tensor_copy(u32 to, const TensorMap& map, int part, u32 barrier) {
+#if BULK
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%2, %2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(0), "r"(part), "r"(barrier)
+               : "memory");
 #endif
 }
 

@@ -61,8 +61,6 @@ __device__ inline void expand_and_multiply(float (&sums)[TILES][4], u32 (&a)[2][
 // flight still read.
 __device__ inline void multiply_slot(float (&sums)[TILES][4], u32 (&a)[2][2][4], Pointers& at, u32 masks, u32 x,
                                      u32 before, int lane) {
-  // x was copied by ordinary writes, wgmma reads it as the copy engines do.
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   const u32 bits = load32(masks), more = WORDS ? bits : load32(masks + 128);
   const u32 low = descriptor(x), high = low + (PART >> 4);
   constexpr int LATER = WORDS ? 4 : 0;

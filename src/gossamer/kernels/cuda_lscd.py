@@ -17,11 +17,13 @@ from .. import nvrtc
 from ..formats import Format
 from ..formats.bitmask import Bitmask
 from . import Case, Kernel, KernelError, Packed
-from ._lscd_cut import COSTS, THREADS, TILES, X_WARPS, Cut, Gpu, Work, best_cut
+from ._lscd_cut import THREADS, TILES, X_PER_STAGE, Cut, Gpu, Work, best_cut
+from ._lscd_map import COLUMNS, NO_MAP, tensor_map
 from ._lscd_pack import DEPTH, LINE, STEPS, head_bytes, pack_matrix, share_of_items
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_TOKENS = 256
+LOAD_RATE = 28000  # bytes per microsecond and processor, as NOT_HIDDEN was measured
 ROOM = 256  # bytes that the largest stage is rounded to, so that layers alike share a cut
 # How much of the time to multiply a stage does not hide behind its loading, on the largest matrices; by words.
 NOT_HIDDEN = {False: 0.044, True: 0.0245}
@@ -32,7 +34,7 @@ def function(tiles: int, bf16: bool, words: bool, team: int, pair: int, cluster:
     """The kernel for these; `shared` is the most shared memory that a block of the GPU may have."""
     macros = {"STEPS": STEPS, "TILES": tiles, "BF16": int(bf16), "WORDS": int(words), "TEAM": team, "PAIR": pair}
     macros |= {"CLUSTER": cluster, "THREADS": THREADS[team, pair][tiles], "UNROLL": 1 if words else 2 // pair}
-    return nvrtc.Function("lscd.cuh", "lscd", "PPPPPiiiiiiiiii", macros, shared)
+    return nvrtc.Function("lscd.cuh", "lscd", "PPPPPiiiiiiiiiiT", macros, shared)
 
 
 # For the tests: every number of tiles with every kind of team, every value of the rest. All would take a minute.
@@ -98,7 +100,7 @@ def words_pay(dense: Tensor) -> bool:
     values, registers = share_of_items(dense)
     stage_times = []
     for words, share, padding in ((False, values, 2.5), (True, registers, 2)):  # padding: rows, measured
-        load = (head_bytes(words) + padding * LINE + 32 * DEPTH * share) / COSTS[1].load_rate
+        load = (head_bytes(words) + padding * LINE + 32 * DEPTH * share) / LOAD_RATE
         stage_times.append(load + NOT_HIDDEN[words])
     return stage_times[1] < stage_times[0]
 
@@ -119,12 +121,15 @@ def launch(
     tokens, cols = x.shape
     work, device = work_of(tokens, meta), gpu(x.get_device())
     cut = cut or best_cut(work, device)
-    grid, block = (work.panels(cut) * cut.cluster, 1, 1), (32 * (cut.warps + X_WARPS[cut.team]), 1, 1)
+    grid, block = (work.panels(cut) * cut.cluster, 1, 1), (32 * (cut.warps + 1), 1, 1)
     shares = cut.high, cut.split, cut.ring, cut.x_ring, work.room[cut.pair - 1]
     sizes = work.rows, cols, tokens, work.deep, *shares, packed[0].numel() // LINE
     kernel = function(work.tiles, meta["bf16"], meta["words"], cut.team, cut.pair, cut.cluster, device.shared)
     bias = _none(x.device) if bias is None else bias.to(x.dtype).contiguous()
-    kernel.launch(grid, block, *packed, x, bias, y, *sizes, shared=work.shared(cut))
+    box = 8 * work.tiles, DEPTH // X_PER_STAGE[cut.team]
+    # What has clusters has the engine that copies by maps.
+    x_map = tensor_map(x.data_ptr(), tokens, cols, *box, meta["bf16"]) if device.clusters else NO_MAP
+    kernel.launch(grid, block, *packed, x, bias, y, *sizes, x_map, shared=work.shared(cut))
 
 
 def work_of(tokens: int, meta: dict[str, Any]) -> Work:
@@ -137,14 +142,14 @@ def _rounded(number: int, unit: int) -> int:
 
 
 def _rows(x: Tensor, meta: dict[str, Any]) -> Tensor:
-    """x [N, K'], as the kernel copies it: rows end to end, each a multiple of 16 bytes at such an address."""
+    """x [N, K'], as the kernel copies it: rows end to end, each whole blocks of columns, at a multiple of 16 bytes."""
     if x.shape[-1] != meta["cols"]:
         raise KernelError(f"cuda_lscd: x has {x.shape[-1]} features, the weight takes {meta['cols']}; fix: pass that x")
     if x.dtype != (torch.bfloat16 if meta["bf16"] else torch.float16):
         raise KernelError(f"cuda_lscd: packed for another dtype than {x.dtype}; fix: gossamer.prepare the model again")
     flat = x.reshape(x.shape[:-1].numel(), meta["cols"])
-    if meta["cols"] % 8:
-        return pad(flat, (0, -meta["cols"] % 8))
+    if meta["cols"] % COLUMNS:
+        return pad(flat, (0, -meta["cols"] % COLUMNS))
     flat = flat.contiguous()
     return flat if flat.data_ptr() % 16 == 0 else flat.clone()
 
