@@ -54,7 +54,8 @@ def compiled(file: str, entry: str, macros: tuple[tuple[str, str], ...], args: s
     folder = Path(tempfile.mkdtemp())
     (folder / "a.cpp").write_text(text)
     defines = [f"-D{name}={value}" for name, value in macros]
-    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-w", "-ffp-contract=off"]
+    # Without the first flag, __shared__ arrays of one name would be one for all libraries.
+    flags = ["-fno-gnu-unique", "-std=c++20", "-O0", "-fPIC", "-shared", "-w", "-ffp-contract=off"]
     subprocess.run(["g++", *flags, *defines, "-o", folder / "a.so", folder / "a.cpp"], check=True)
     found = ctypes.CDLL(folder / "a.so").launch
     kinds = {"P": ctypes.c_void_p, "i": ctypes.c_int32, "q": ctypes.c_int64}

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import reorder, timing
-from . import Csr, KernelError, Packed, Way, model, registry
+from . import Csr, KernelError, Packed, Way, memory, model, registry
+from .kernels import cusparse
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
-MEASURED = 4  # ways that a measurement compares
+MEASURED = 4  # ways that a measurement compares, at least
+REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
+SECONDS = 0.01  # of timing per way
+SHOWN = 4
 
 
 def bucket(n: int) -> int:
@@ -23,11 +27,12 @@ class Chooser:
     """Chooses for one matrix, per width of B, and keeps what it packed.
 
     tf32: may float32 values be rounded? reordering: may rows be put in another order inside? changing: will values
-    differ from product to product? Then only kernels that read them where they lie are used.
+    differ from product to product? Then only kernels that read them where they lie are used. measuring: are ways timed
+    when a width first comes up, or does the prediction do?
     """
 
-    def __init__(self, a: Csr, tf32: bool, reordering: bool, changing: bool) -> None:
-        self.a, self.tf32, self.reordering, self.changing = a, tf32, reordering, changing
+    def __init__(self, a: Csr, tf32: bool, reordering: bool, changing: bool, measuring: bool = False) -> None:
+        self.a, self.tf32, self.reordering, self.changing, self.measuring = a, tf32, reordering, changing, measuring
         self._ways: dict[int, Way] = {}
         self._times: dict[int, dict[Way, float]] = {}
         self._packed: dict[tuple[int, Way], Packed] = {}
@@ -44,7 +49,9 @@ class Chooser:
     @cached_property
     def stats(self) -> model.Stats:
         order = self._order if self._windows else None
-        return model.Stats.of(self.a, reorder.gathered(self.a, order) if self._windows and self.a.nnz else {})
+        gathered = reorder.gathered(self.a, order) if self._windows and self.a.nnz else {}
+        blocks = cusparse.blocks_across(self.a) if any("ell" in dict(w.knobs) for w in self.ways) else 0
+        return model.Stats.of(self.a, gathered, blocks)
 
     @cached_property
     def _windows(self) -> bool:
@@ -68,8 +75,17 @@ class Chooser:
         if at not in self._ways:
             if not self.ways:
                 raise KernelError(f"nothing multiplies {self.a.dtype} on {self.a.device}; fix: use precision='fp32'")
-            self._ways[at] = next(iter(self.predicted(at))) if len(self.ways) > 1 else self.ways[0]
+            self._ways[at] = self._chosen(at)
         return self._ways[at]
+
+    def _chosen(self, n: int) -> Way:
+        if len(self.ways) == 1:
+            return self.ways[0]
+        return self._fastest(n) if self.measuring and not self._captured else next(iter(self.predicted(n)))
+
+    @property
+    def _captured(self) -> bool:
+        return self.a.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def packed(self, n: int, way: Way) -> Packed:
         key = bucket(n), way
@@ -90,22 +106,36 @@ class Chooser:
         return way.own.run(b, tensors, packed.meta)
 
     def prepare(self, n: int, measure: bool) -> None:
-        """Choose and pack for B of n columns; `measure`: time the most promising."""
-        if measure:
+        """Choose and pack for B of n columns; `measure`: by timing, or as timed here before."""
+        if measure and bucket(n) not in self._times:
             self._ways[bucket(n)] = self._fastest(bucket(n))
         self.packed(n, self.way(n))
 
+    @cached_property
+    def _memory(self) -> memory.Memory:
+        return memory.Memory(self.a, self.tf32, self.reordering, self.changing)
+
     def _fastest(self, n: int) -> Way:
-        b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
-        runners = {}
-        for way in list(self.predicted(n))[:MEASURED]:
-            packed = self.packed(n, way)
-            runners[str(way)] = way, [partial(way.own.run, b, packed.tensors, packed.meta)]
-        times = timing.race({name: calls for name, (_, calls) in runners.items()}, self.a.device)
-        self._times[n] = {way: times[name] for name, (way, _) in runners.items()}
-        best = min(self._times[n], key=self._times[n].__getitem__)
+        promising = self._promising(n)
+        known = self._memory.recall(n)
+        if known is None or not known.keys() >= {str(w) for w in promising}:
+            known = self._raced(n, promising)
+            self._memory.remember(n, known)
+        self._times[n] = {w: known[str(w)] for w in sorted(promising, key=lambda w: known[str(w)])}
+        best = next(iter(self._times[n]))
         self._packed = {key: p for key, p in self._packed.items() if key[0] != n or key[1] == best}
         return best
+
+    def _promising(self, n: int) -> list[Way]:
+        predicted = self.predicted(n)
+        limit = REACH * next(iter(predicted.values()))
+        return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
+
+    def _raced(self, n: int, ways: Sequence[Way]) -> dict[str, float]:
+        b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
+        packed = {w: self.packed(n, w) for w in ways}
+        runners = {str(w): [partial(w.own.run, b, p.tensors, p.meta)] for w, p in packed.items()}
+        return timing.race(runners, self.a.device, SECONDS)
 
     def explain(self, widths: Sequence[int]) -> str:
         lines = [str(self.stats)]
@@ -114,6 +144,6 @@ class Chooser:
         for n in widths:
             way, measured = self.way(n), self._times.get(bucket(n), {})
             times = measured or self.predicted(bucket(n))
-            said = ", ".join(f"{w} {us:.1f}" for w, us in list(times.items())[:MEASURED])
+            said = ", ".join(f"{w} {us:.1f}" for w, us in list(times.items())[:SHOWN])
             lines.append(f"N = {n}: {way}; {'measured' if measured else 'predicted'} us: {said}")
         return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,24 +14,25 @@ from .. import KIND, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 
 THREADS, WARP = 128, 32
-UNROLL = 4  # entries of a team in flight
-LONG = 4  # rounds of entries after which a segment is long
-SHORTEST = 8  # rounds of a whole warp in the shortest segment of a row that is cut
-WARPS_PER_SM = 16  # that should have a segment
+UNROLLS = (4, 8)  # entries of a team in flight
+LONG = 4  # rounds of entries after which a segment may get a block of its own
+SHORTEST = 4  # rounds of a block in the shortest segment of a row that is cut
+WARPS_PER_SM = 48  # that should have a segment
 
 
 @cache
-def function(kind: int, team: int, par: int, loads: int, entry: str = "spmm_rows") -> nvrtc.Function:
+def function(kind: int, team: int, par: int, loads: int, unroll: int, entry: str = "spmm_rows") -> nvrtc.Function:
     args = {"spmm_rows": "PPPPPPiiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
-    return nvrtc.Function("spmm_rows.cuh", entry, args, {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads})
+    macros = {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads, "UNROLL": unroll}
+    return nvrtc.Function("spmm_rows.cuh", entry, args, macros)
 
 
 VARIANTS = (
-    function(0, 1, 8, 1),
-    function(1, 32, 1, 2),
-    function(2, 8, 4, 1),
-    function(0, 1, 1, 1, "spmm_rows_sum"),
-    function(2, 8, 1, 1, "sddmm"),
+    function(0, 1, 8, 1, 4),
+    function(1, 32, 1, 2, 2),
+    function(2, 8, 4, 1, 8),
+    function(0, 1, 1, 1, 1, "spmm_rows_sum"),
+    function(2, 8, 1, 1, 1, "sddmm"),
 )
 
 
@@ -47,12 +48,13 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool) -> list[Way]:
-        return [Way(cls.name)]
+        return [Way(cls.name, (("unroll", u),)) for u in UNROLLS]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
         mean = a.nnz / max(1, int((a.lengths > 0).sum()))
-        return cls._cut(Packed((a.pointers, a.cols, a.values), {"shape": list(a.shape), "mean": mean}), n)
+        meta = {"shape": list(a.shape), "mean": mean, "unroll": knobs.get("unroll", UNROLLS[0])}
+        return cls._cut(Packed((a.pointers, a.cols, a.values), meta), n)
 
     @classmethod
     def refit(cls, packed: Packed, n: int) -> Packed:
@@ -61,13 +63,10 @@ class CudaRows(SpmmKernel):
     @classmethod
     def _cut(cls, packed: Packed, n: int) -> Packed:
         pointers, _, values = packed.tensors
-        size, mean = values.element_size(), packed.meta["mean"]
-        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean)
-        tiles = -(-n * size // (16 * team * loads))
-        segments, longs, slots = cut_rows(pointers, longest_segment(len(values), team, tiles, values.device))
-        wide = int((segments[:, 2] - segments[:, 1] >= LONG * UNROLL * par).sum()) if par * team < WARP else 0
-        meta = {"shape": packed.meta["shape"], "mean": mean, "slots": slots, "wide": wide}
-        return Packed((segments, longs, *packed.tensors), meta)
+        cut = Cut.of(n, values.element_size(), packed.meta["mean"], len(values), packed.meta["unroll"], values.device)
+        segments, longs, slots = cut_rows(pointers, cut.limit)
+        wide = int((segments[:, 2] - segments[:, 1] > cut.whole).sum())
+        return Packed((segments, longs, *packed.tensors), packed.meta | {"slots": slots, "wide": wide})
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
@@ -77,16 +76,16 @@ class CudaRows(SpmmKernel):
         team, par, loads = shape_of(width, b.element_size(), meta["mean"])
         c = b.new_empty(meta["shape"][0], width)
         partial = torch.empty(meta["slots"], width, device=b.device)
-        lanes = WARP * meta["wide"] + team * par * (len(segments) - meta["wide"])
-        grid = -(-lanes // THREADS), -(-width // (team * loads * 16 // b.element_size())), 1
+        blocks = meta["wide"] + -(-team * par * (len(segments) - meta["wide"]) // THREADS)
+        grid = blocks, -(-width // (team * loads * 16 // b.element_size())), 1
         tensors = segments, cols, values, b, c, partial
         if len(segments) and width:
-            kernel = function(kind, team, par, loads)
+            kernel = function(kind, team, par, loads, meta["unroll"] // loads)
             sizes = len(segments), meta["wide"], width, b.stride(0)
             kernel.launch(grid, (THREADS, 1, 1), *tensors, *sizes)
         if meta["slots"] and width:
             grid = len(longs), -(-width // THREADS), 1
-            function(kind, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
+            function(kind, 1, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
         return columns_of(c, n)
 
     @classmethod
@@ -103,10 +102,20 @@ def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
     return team, par, loads
 
 
-def longest_segment(nnz: int, team: int, tiles: int, device: torch.device | None) -> int:
-    """Entries beyond which a row is cut: a few rounds of a whole warp, or twice the share of a warp if that is more."""
-    share = 2 * nnz * tiles / (WARPS_PER_SM * processors(device))
-    return max(SHORTEST * UNROLL * WARP // team, round(share))
+class Cut(NamedTuple):
+    """A row of more than `limit` entries is cut, a segment of more than `whole` gets a block of its own."""
+
+    limit: int
+    whole: int
+
+    @classmethod
+    def of(cls, n: int, size: int, mean: float, nnz: int, unroll: int, device: torch.device | None) -> Cut:
+        """No chain of rounds should last longer than a fair share of all, or than a few rounds if that is more."""
+        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean)
+        tiles = -(-n * size // (16 * team * loads))
+        rounds = nnz * tiles * team / (WARP * unroll // loads * WARPS_PER_SM * processors(device))
+        step = unroll // loads * THREADS // team
+        return cls(round(max(SHORTEST, rounds) * step), round(max(LONG, rounds) * unroll // loads * par))
 
 
 def cut_rows(pointers: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
