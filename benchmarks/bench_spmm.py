@@ -116,8 +116,13 @@ def cell(
     b = dense_operand(a, n, a.dtype)
     runners, ways = {}, [w for w in chooser.ways if w.kernel != "vendor"]
     for way in ways:
-        packed = chooser.packed(n, way)
-        runners[str(way)] = partial(way.own.run, b, packed.tensors, packed.meta)
+        try:
+            packed = chooser.packed(n, way)
+            runners[str(way)] = run = partial(way.own.run, b, packed.tensors, packed.meta)
+            run()
+        except (cusparse.CusparseError, torch.OutOfMemoryError) as error:
+            runners.pop(str(way), None)
+            print(f"{name} {way} N={n}: {error}", file=sys.stderr)
     worst, unstable = 0.0, []
     exact = a32 if precision == "tf32" else a
     for key, run in runners.items():
@@ -136,7 +141,7 @@ def cell(
     chooser.prepare(n, True)
     measured = str(chooser.way(n))
     stats = chooser.stats
-    chosen = str(next(w for w in chooser.predicted(n) if w.kernel != "vendor"))
+    chosen = next(str(w) for w in chooser.predicted(n) if str(w) in runners)
     reference = min(v for k, v in baseline.items() if k.startswith("cusparse_fp32"))
     print(f"{name:21s} {n:4d} {precision} {chosen:34s} {candidates[chosen]:8.1f} us", end=" ")
     print(f"{reference / candidates[chosen]:6.2f}x, measured {measured} {candidates[measured]:.1f}", flush=True)

@@ -20,11 +20,16 @@ from torch import Tensor
 from gossamer import nvrtc
 from gossamer.spmm import Csr, registry, sampled
 from gossamer.spmm._windows import DEPTH, TILE, Layout, lay_out, schedule
+from gossamer.spmm.kernels import cusparse
 from gossamer.spmm.kernels.cuda_rows import cut_rows
 from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
 
 HERE = Path(__file__).parent
-WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [("cuda_rows", {})]
+WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [
+    ("cuda_rows", {"unroll": 4}),
+    ("cuda_rows", {"unroll": 8}),
+]
+LIBRARY = [("cusparse", {"alg": 2}), ("cusparse", {"alg": 3})]
 
 
 @st.composite
@@ -207,7 +212,7 @@ def test_sddmm_source_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("name", "knobs"), WAYS)
+@pytest.mark.parametrize(("name", "knobs"), WAYS + LIBRARY)
 def test_against_float64(name: str, knobs: dict, dtype: torch.dtype) -> None:
     for m, k, density in ((1, 1, 1.0), (8, 16, 1.0), (77, 130, 0.1), (500, 700, 0.02), (40, 9000, 0.5), (300, 64, 0.9)):
         a = (torch.randn(m, k, device="cuda") * (torch.rand(m, k, device="cuda") < density)).to(dtype)
@@ -227,7 +232,7 @@ def test_rows_in_another_order_and_a_hub(name: str, knobs: dict) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "knobs"), WAYS)
+@pytest.mark.parametrize(("name", "knobs"), WAYS + LIBRARY)
 def test_inf_and_nan_on_the_gpu(name: str, knobs: dict) -> None:
     inf_and_nan("cuda", name, knobs)
 
@@ -251,5 +256,39 @@ def test_strides_of_b() -> None:
     a = (torch.randn(100, 300, device="cuda") * (torch.rand(100, 300, device="cuda") < 0.1)).half()
     wide = torch.randn(300, 200, device="cuda").half()
     for b in (wide[:, 8:72], wide[:, 3:35], wide.t().contiguous().t()[:, :64], wide[:, ::2], wide[::1, :1]):
-        for name, knobs in (("cuda_windows", {"rows": 8, "masked": True}), ("cuda_rows", {})):
+        for name, knobs in (("cuda_windows", {"rows": 8, "masked": True}), ("cuda_rows", {}), ("cusparse", {"alg": 3})):
             checked(name, a, b, **knobs)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (70, 64), (1, 32)])
+def test_blocked_ell_holds_the_matrix(shape: tuple[int, int]) -> None:
+    a = hubs(*shape, 0.1) if shape[0] > 1 else torch.randn(shape)
+    table, values = cusparse.blocks_of(Csr.of(a), 32)
+    found = torch.zeros(len(table) * 32, shape[1])
+    for i, j in (table >= 0).nonzero().tolist():
+        at = int(table[i, j]) * 32
+        found[i * 32 : i * 32 + 32, at : at + 32] += values[i, :, j]
+    assert torch.equal(found[: shape[0]], a) and not found[shape[0] :].any()
+    assert table.shape[1] == cusparse.blocks_across(Csr.of(a)) and not values[:, :, 0][table[:, 0] < 0].any()
+
+
+@pytest.mark.gpu
+def test_blocked_ell_on_the_gpu() -> None:
+    for m in (96, 80):
+        a = torch.randn(m, 256, device="cuda").half() * (torch.rand(m, 256, device="cuda") < 0.7)
+        assert cusparse.suits_blocks(Csr.of(a))
+        for n in (1, 8, 40, 128):
+            checked("cusparse", a, torch.randn(256, n, device="cuda").half(), ell=32)
+
+
+@pytest.mark.gpu
+def test_cusparse_in_a_cuda_graph_without_a_plan() -> None:
+    a, b = hubs(200, 300, 0.1).cuda(), torch.randn(300, 24, device="cuda")
+    packed = registry["cusparse"].pack(Csr.of(a), 24, alg=3)
+    registry["cusparse"].run(b[:, :8], packed.tensors, packed.meta)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = registry["cusparse"].run(b, packed.tensors, packed.meta)
+    graph.replay()
+    torch.testing.assert_close(found, a @ b, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(registry["cusparse"].run(b, packed.tensors, packed.meta), a @ b, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from gossamer import reorder
 from gossamer.formats import FormatError
 from gossamer.matrix import SparseMatrix, spmm
-from gossamer.spmm import Csr, KernelError, model, registry
+from gossamer.spmm import Csr, KernelError, memory, model, registry
 from gossamer.spmm.choice import Chooser
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -345,3 +346,27 @@ def test_save_from_the_gpu_and_moving() -> None:
     a, buffer = SparseMatrix(random(), device="cuda"), io.BytesIO()
     torch.save(a.to("cpu").torch(), buffer)
     assert torch.equal(a.to("cpu").torch().to_dense(), a.torch().to_dense().cpu())
+
+
+def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    a, b = random(), torch.randn(90, 8)
+    torch.testing.assert_close(SparseMatrix(a, measure=True) @ b, a @ b)
+    (kept,) = (tmp_path / "spmm").iterdir()
+    times = json.loads(kept.read_text())["8"]
+    assert times.keys() == {"dense", "vendor"} and min(times.values()) > 0
+    for slow in times:
+        kept.write_text(json.dumps({"8": {way: 9.0 if way == slow else 1.0 for way in times}}))
+        monkeypatch.setattr("gossamer.timing.race", lambda *_: pytest.fail("measured again"))
+        again = SparseMatrix(a).prepare(8, measure=True)
+        assert str(again.way(8)) != slow and "measured us" in again.explain(8)
+    kept.write_text("broken")
+    monkeypatch.undo()
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "spmm" / kept.name / "no folder"))
+    SparseMatrix(a, measure=True) @ b
+
+
+def test_patterns_have_digests_of_their_own() -> None:
+    a = random(20, 30, 0.2)
+    found = {tuple(memory.digest(Csr.of(x))) for x in (a, a.t(), a.roll(1, 0), a.roll(1, 1), a * (a != a[a != 0][0]))}
+    assert len(found) == 5 and memory.digest(Csr.of(2 * a)) == memory.digest(Csr.of(a))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reorder, timing
+from ..cusparse import CusparseError
 from . import Csr, KernelError, Packed, Way, memory, model, registry
 from .kernels import cusparse
 
@@ -132,10 +135,16 @@ class Chooser:
         return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
 
     def _raced(self, n: int, ways: Sequence[Way]) -> dict[str, float]:
+        """Microseconds by the name of a way, infinite where the library refuses or memory does not suffice."""
         b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
-        packed = {w: self.packed(n, w) for w in ways}
-        runners = {str(w): [partial(w.own.run, b, p.tensors, p.meta)] for w, p in packed.items()}
-        return timing.race(runners, self.a.device, SECONDS)
+        runners = {}
+        for way in ways:
+            with contextlib.suppress(CusparseError, torch.OutOfMemoryError):
+                packed = self.packed(n, way)
+                call = partial(way.own.run, b, packed.tensors, packed.meta)
+                call()
+                runners[str(way)] = [call]
+        return {str(w): math.inf for w in ways} | timing.race(runners, self.a.device, SECONDS)
 
     def explain(self, widths: Sequence[int]) -> str:
         lines = [str(self.stats)]
