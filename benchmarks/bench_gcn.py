@@ -55,10 +55,13 @@ def normalised(n: int, rows: np.ndarray, cols: np.ndarray, device: torch.device)
     return torch.sparse_coo_tensor(index, values, (n, n), is_coalesced=True).to_sparse_csr()
 
 
-def products(a: Tensor, variants: dict[str, str | None]) -> dict[str, Product]:
+def products(a: Tensor, variants: dict[str, str | None], *widths: int) -> dict[str, Product]:
     coo = a.to_sparse_coo()
     found: dict[str, Product] = {"torch_csr": partial(torch.sparse.mm, a), "torch_coo": partial(torch.sparse.mm, coo)}
-    return found | {v: SparseMatrix(a, precision, measure=True).mm for v, precision in variants.items()}
+    for variant, precision in variants.items():
+        own = SparseMatrix(a, precision, measure=True).prepare(*widths).prepare(*widths, transposed=True)
+        found[variant] = own.mm
+    return found
 
 
 def step_of(product: Product, n: int, width: int, device: torch.device) -> Callable[[], None]:
@@ -79,7 +82,7 @@ def step_times(name: str, a: Tensor) -> None:
     """A line per width and variant, and the worst as the summary of the graph."""
     ratios: dict[str, list[float]] = {v: [] for v in VARIANTS}
     for width in WIDTHS:
-        steps = {k: step_of(p, a.shape[0], width, a.device) for k, p in products(a, VARIANTS).items()}
+        steps = {k: step_of(p, a.shape[0], width, a.device) for k, p in products(a, VARIANTS, width, CLASSES).items()}
         times = {}
         for key, step in steps.items():
             stream = torch.cuda.Stream()
@@ -116,7 +119,7 @@ def accuracy(data: Path, device: torch.device) -> None:
     y = torch.from_numpy(found["y"].astype(np.int64)).to(device)
     train, test = (torch.from_numpy(found[k]).to(device) for k in ("train_idx", "test_idx"))
     variants: dict[str, str | None] = {"fp32": None, "bf16": "bf16"} if device.type == "cuda" else {"fp32": None}
-    for name, product in products(a, variants).items():
+    for name, product in products(a, variants, 16, int(y.max()) + 1).items():
         scores = [trained(product, x, y, train, test, seed) for seed in range(SEEDS)]
         print("cora", name, scores)
         case = {"graph": "cora", "variant": name}

@@ -110,7 +110,7 @@ class Chooser:
 
     def prepare(self, n: int, measure: bool) -> None:
         """Choose and pack for B of n columns; `measure`: by timing, or as timed here before."""
-        if measure and bucket(n) not in self._times:
+        if (measure or self.measuring) and bucket(n) not in self._times and len(self.ways) > 1:
             self._ways[bucket(n)] = self._fastest(bucket(n))
         self.packed(n, self.way(n))
 
