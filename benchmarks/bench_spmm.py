@@ -33,6 +33,7 @@ from gossamer import cusparse, nvrtc, timing
 from gossamer.matrix import SparseMatrix
 from gossamer.spmm import Csr, Way, model
 from gossamer.spmm.choice import Chooser
+from gossamer.spmm.costs import Costs
 from gossamer.spmm.kernels import cuda_rows, cuda_windows
 from gossamer.spmm.kernels import cusparse as cusparse_kernel
 from results import append, environment
@@ -189,10 +190,10 @@ def size_of(line: dict) -> int:
     return 2 if line["case"]["precision"] == "fp16" else 4
 
 
-def rechosen(line: dict, costs: model.Costs | None = None) -> str:
+def rechosen(line: dict, costs: Costs | None = None, caution: float = model.CAUTION) -> str:
     """What the model chooses today among the candidates of a line."""
-    stats, n, size = stats_of(line), line["case"]["N"], size_of(line)
-    return min(line["candidates"], key=lambda text: model.microseconds(way_of(text), stats, n, size, costs))
+    ways = map(way_of, line["candidates"])
+    return str(next(iter(model.ranked(ways, stats_of(line), line["case"]["N"], size_of(line), costs, caution))))
 
 
 def way_of(text: str) -> Way:

@@ -254,7 +254,8 @@ def test_malformed_matrix_market(tmp_path: Path, text: str, said: str) -> None:
         SparseMatrix(tmp_path / "a.mtx")
 
 
-def test_explain_says_what_runs() -> None:
+def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
     text = SparseMatrix(random(), reorder=False).explain(8, 128)
     assert "60 x 90" in text and "N = 8: " in text and "N = 128: " in text and "predicted" in text
     sparse = SparseMatrix(random())

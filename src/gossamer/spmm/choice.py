@@ -69,9 +69,8 @@ class Chooser:
         return [w for k in able for w in k.ways(self.a, self.tf32)]
 
     def predicted(self, n: int) -> dict[Way, float]:
-        """Microseconds, best first."""
-        found = {w: model.microseconds(w, self.stats, n, self.a.values.element_size()) for w in self.ways}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        """Microseconds, the one to choose first."""
+        return model.ranked(self.ways, self.stats, n, self.a.values.element_size())
 
     def way(self, n: int) -> Way:
         at = bucket(n)
@@ -131,7 +130,7 @@ class Chooser:
 
     def _promising(self, n: int) -> list[Way]:
         predicted = self.predicted(n)
-        limit = REACH * next(iter(predicted.values()))
+        limit = REACH * min(predicted.values())
         return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
 
     def _raced(self, n: int, ways: Sequence[Way]) -> dict[str, float]:

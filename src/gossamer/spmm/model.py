@@ -8,7 +8,7 @@ measured times; docs/spmm.md says how well that goes.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from . import Way
@@ -20,6 +20,8 @@ from .kernels.cuda_windows import lane_columns
 SECTOR = 32  # bytes that the L2 cache hands out at least
 MANY = 800  # tiles of C from which on no warp's chain is waited for
 VENDOR = 4.0  # torch's choice among cuSPARSE's algorithms, against the one that fits rows of every kind
+LIBRARY = ("cusparse", "dense", "vendor")
+CAUTION = 1.1  # predictions err, and a doubtful win is worth less than a loss
 VENDOR_CPU = 10.0  # what an entry costs a sparse product on the CPU, against one of a dense product
 
 
@@ -55,6 +57,14 @@ class Stats:
         text = f"{m} x {k}, {self.nnz} entries, {self.nnz / max(1, m):.1f} a row, {self.longest} in the longest"
         shares = ", ".join(f"{h}: {v / max(1, self.nnz):.2f}" for h, (v, _) in self.gathered.items())
         return f"{text}; rows of B fetched per entry, by height of a window: {shares}" if shares else text
+
+
+def ranked(
+    ways: Iterable[Way], stats: Stats, n: int, size: int, costs: Costs | None = None, caution: float = CAUTION
+) -> dict[Way, float]:
+    """Predicted times, the one to choose first: of ours only where it should be ahead of the library by `caution`."""
+    found = {w: microseconds(w, stats, n, size, costs) for w in ways}
+    return dict(sorted(found.items(), key=lambda item: item[1] * (1 if item[0].kernel in LIBRARY else caution)))
 
 
 def microseconds(way: Way, stats: Stats, n: int, size: int, costs: Costs | None = None) -> float:
