@@ -66,7 +66,7 @@ def judged(lines: list[dict], costs: Mapping[str, Costs], caution: float = model
     """Of each line, what the choice by the costs for its kind took against the best way, and against the others."""
     found = []
     for line in lines:
-        took = line["candidates"]
+        took = bench_spmm.allowed(line)
         chosen = took[bench_spmm.rechosen(line, costs[line["case"]["kind"]], caution)]
         found.append({"best": chosen / min(took.values()), "others": bench_spmm.best_other(line) / chosen})
     return found

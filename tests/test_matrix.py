@@ -342,6 +342,26 @@ def test_precisions(precision: str) -> None:
         assert float((out - expected).norm() / expected.norm()) < bound, way
 
 
+def test_what_does_not_repeat_itself_is_left_out() -> None:
+    cusparse, short, long = registry["cusparse"], Csr.of(torch.ones(3, 512)), Csr.of(torch.ones(3, 513))
+    assert [str(w) for w in cusparse.ways(short, False)] == ["cusparse[alg=3]"]
+    assert cusparse.ways(long, True) == []
+    assert [str(w) for w in cusparse.ways(long, False, False)] == ["cusparse[alg=2]", "cusparse[alg=3]"]
+    assert "cusparse[alg=3]" in map(str, cusparse.ways(long.to(dtype=torch.float16), False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_two_runs_agree(precision: str) -> None:
+    a, b = torch.randn(300, 4000) * (torch.rand(300, 4000) < 0.3), torch.randn(4000, 64, device="cuda")
+    sparse = SparseMatrix(a, precision, device="cuda")
+    chooser = sparse._side(False).chooser
+    for way in chooser.ways:
+        packed = chooser.packed(64, way)
+        first, second = (way.own.run(b.to(sparse.dtype), packed.tensors, packed.meta) for _ in range(2))
+        assert torch.equal(first, second), way
+
+
 @pytest.mark.gpu
 def test_save_from_the_gpu_and_moving() -> None:
     a, buffer = SparseMatrix(random(), device="cuda"), io.BytesIO()

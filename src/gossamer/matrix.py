@@ -44,6 +44,7 @@ class SparseMatrix:
     reorder: may rows be put in another order inside (the result has A's own)? Takes some of the packing time.
     measure: choose kernels by timing the promising ones when a width of B first comes up, instead of by prediction;
         what was measured stays in the cache folder, for this GPU and this pattern.
+    deterministic: two products of the same operands agree to the bit; leaves out some of cuSPARSE's algorithms.
 
     `A @ B`, `A.T @ B` for B [K, N] or [K]: the result has B's dtype, and is differentiable in B. B is used as it lies;
     a copy is made where its rows are not whole multiples of 16 bytes. The first product with a new width picks a kernel
@@ -61,6 +62,7 @@ class SparseMatrix:
         requires_grad: bool = False,
         reorder: bool = True,
         measure: bool = False,
+        deterministic: bool = True,
     ) -> None:
         if precision not in (None, *PRECISIONS):
             raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}; fix: choose one, or None")
@@ -72,7 +74,7 @@ class SparseMatrix:
         values = csr.values.detach()
         # A leaf of its own: `a` may be a matrix that lives on.
         self.values = values.clone().requires_grad_() if requires_grad else values
-        self.precision, self._reorder, self._measure = precision, reorder, measure
+        self.precision, self._reorder, self._measure, self._deterministic = precision, reorder, measure, deterministic
         self._sides: dict[bool, _Side] = {}
         self._csr = Csr(csr.shape, csr.pointers, csr.cols, self.values.detach())
         self._handle = ops_spmm.register(self)
@@ -135,7 +137,7 @@ class SparseMatrix:
         if transposed not in self._sides:
             csr, place = self._csr.transposed() if transposed else (self._csr, None)
             tf32, changing = self.precision == "tf32", self.values.requires_grad
-            chooser = Chooser(csr, tf32, self._reorder, changing, self._measure)
+            chooser = Chooser(csr, tf32, self._reorder, changing, self._measure, self._deterministic)
             self._sides[transposed] = _Side(chooser, place)
         return self._sides[transposed]
 
@@ -169,7 +171,12 @@ class SparseMatrix:
         return _rebuilt, (parts, self.precision, self._settings())
 
     def _settings(self) -> dict[str, bool]:
-        return {"requires_grad": self.values.requires_grad, "reorder": self._reorder, "measure": self._measure}
+        return {
+            "requires_grad": self.values.requires_grad,
+            "reorder": self._reorder,
+            "measure": self._measure,
+            "deterministic": self._deterministic,
+        }
 
     def save(self, path: str | Path) -> None:
         """One safetensors file of the format `csr`; `SparseMatrix(path)` reads it."""

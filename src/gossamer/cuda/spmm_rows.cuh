@@ -58,34 +58,50 @@ __device__ inline void sum_block(float (&sums)[LOADS * VEC]) {
     for (int w = 1; w < WARPS; ++w) sums[i] += shared[w][i][lane];
 }
 
+// A segment by WIDTH lanes, `lane` being this one: entries in turn, a round's after the last one's, or, where nothing
+// else hides the wait for them, loaded a round ahead.
+template <int WIDTH, bool AHEAD>
+__device__ inline void sum_segment(
+    float (&sums)[LOADS * VEC], const Segment& own, int lane, const i32* cols, const Number* values, const u8* b,
+    i32 first, i32 n, i32 stride) {
+  constexpr int STEP = WIDTH / TEAM;
+#pragma unroll
+  for (int i = 0; i < LOADS * VEC; ++i) sums[i] = 0;
+  i32 at = own.begin + lane / TEAM;
+  Entries next;
+  if constexpr (AHEAD) next = load_entries(cols, values, at, own.end, STEP);
+  for (; at < own.end; at += UNROLL * STEP) {
+    const Entries here = AHEAD ? next : load_entries(cols, values, at, own.end, STEP);
+    u32 row[UNROLL][LOADS * 4];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) load_row(row[u], b, here.col[u], stride, first, n);
+    if constexpr (AHEAD) next = load_entries(cols, values, at + UNROLL * STEP, own.end, STEP);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) add_row(sums, here.value[u], row[u]);
+  }
+#pragma unroll
+  for (int d = (WIDTH < 32 ? WIDTH : 32) / 2; d >= TEAM; d /= 2)
+#pragma unroll
+    for (int i = 0; i < LOADS * VEC; ++i) sums[i] += __shfl_xor_sync(FULL, sums[i], d);
+}
+
 // The first `wide` segments are the long ones, each for a block.
 extern "C" __global__ void __launch_bounds__(THREADS) spmm_rows(
     const void* segments, const i32* cols, const void* values, const u8* b, u8* c, float* partial, i32 count, i32 wide,
     i32 n, i32 stride) {
+  constexpr int WIDTH = TEAM * PAR;
   const bool whole = (i32)blockIdx.x < wide;
-  const i32 width = whole ? THREADS : TEAM * PAR, par = width / TEAM, lane = threadIdx.x % width;
-  const i64 index = whole ? blockIdx.x : wide + ((i64)((i32)blockIdx.x - wide) * THREADS + threadIdx.x) / width;
-  const i32 first = blockIdx.y * TILE_COLS + lane % TEAM * VEC;
+  const i32 index = whole ? blockIdx.x : wide + (blockIdx.x - wide) * (THREADS / WIDTH) + threadIdx.x / WIDTH;
+  const i32 lane = whole ? threadIdx.x : threadIdx.x % WIDTH, first = blockIdx.y * TILE_COLS + lane % TEAM * VEC;
   Segment own = {0, 0, 0, -1};
   if (index < count) own = ((const Segment*)segments)[index];
   float sums[LOADS * VEC];
-#pragma unroll
-  for (int i = 0; i < LOADS * VEC; ++i) sums[i] = 0;
-  i32 at = own.begin + lane / TEAM;
-  Entries next = load_entries(cols, (const Number*)values, at, own.end, par);
-  for (; at < own.end; at += UNROLL * par) {
-    const Entries here = next;
-    u32 row[UNROLL][LOADS * 4];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) load_row(row[u], b, here.col[u], stride, first, n);
-    next = load_entries(cols, (const Number*)values, at + UNROLL * par, own.end, par);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) add_row(sums, here.value[u], row[u]);
+  if (whole) {
+    sum_segment<THREADS, true>(sums, own, lane, cols, (const Number*)values, b, first, n, stride);
+    sum_block(sums);
+  } else {
+    sum_segment<WIDTH, false>(sums, own, lane, cols, (const Number*)values, b, first, n, stride);
   }
-  for (int d = (width < 32 ? width : 32) / 2; d >= TEAM; d /= 2)
-#pragma unroll
-    for (int i = 0; i < LOADS * VEC; ++i) sums[i] += __shfl_xor_sync(FULL, sums[i], d);
-  if (whole) sum_block(sums);
   if (index >= count || lane >= TEAM) return;
 #pragma unroll
   for (int l = 0; l < LOADS; ++l) {

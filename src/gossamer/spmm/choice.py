@@ -18,7 +18,7 @@ from .kernels import cusparse
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
 MEASURED = 4  # ways that a measurement compares, at least
 REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
-SECONDS = 0.01  # of timing per way
+SECONDS = 0.005  # of timing per way
 SHOWN = 4
 
 
@@ -31,11 +31,20 @@ class Chooser:
 
     tf32: may float32 values be rounded? reordering: may rows be put in another order inside? changing: will values
     differ from product to product? Then only kernels that read them where they lie are used. measuring: are ways timed
-    when a width first comes up, or does the prediction do?
+    when a width first comes up, or does the prediction do? deterministic: must two runs agree to the bit?
     """
 
-    def __init__(self, a: Csr, tf32: bool, reordering: bool, changing: bool, measuring: bool = False) -> None:
+    def __init__(
+        self,
+        a: Csr,
+        tf32: bool,
+        reordering: bool,
+        changing: bool,
+        measuring: bool = False,
+        deterministic: bool = True,
+    ) -> None:
         self.a, self.tf32, self.reordering, self.changing, self.measuring = a, tf32, reordering, changing, measuring
+        self.deterministic = deterministic
         self._ways: dict[int, Way] = {}
         self._times: dict[int, dict[Way, float]] = {}
         self._packed: dict[tuple[int, Way], Packed] = {}
@@ -66,7 +75,7 @@ class Chooser:
         """All that may run here."""
         able = [registry[name] for name in registry.names()]
         able = [k for k in able if k.refuses(self.a) is None and (k.live or not self.changing)]
-        return [w for k in able for w in k.ways(self.a, self.tf32)]
+        return [w for k in able for w in k.ways(self.a, self.tf32, self.deterministic)]
 
     def predicted(self, n: int) -> dict[Way, float]:
         """Microseconds, the one to choose first."""

@@ -83,7 +83,7 @@ def described(way: Way, stats: Stats, n: int, size: int) -> tuple[Hashable, tupl
     if way.kernel == "cuda_windows":
         return (way.kernel, knobs["rows"], knobs["masked"], size), _windows(stats, n, size, **knobs)
     if way.kernel == "cuda_rows":
-        return (way.kernel, knobs["unroll"], size), _rows(stats, n, size, knobs["unroll"])
+        return (way.kernel, knobs["unroll"], knobs["team"], size), _rows(stats, n, size, **knobs)
     if way.kernel == "dense":
         return (way.kernel, knobs.get("tf32", False), size), _dense(stats, n, size)
     if "ell" in knobs:
@@ -102,15 +102,15 @@ def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[
     return 1, *moved, windows * tiles / 1e4, chain
 
 
-def _rows(stats: Stats, n: int, size: int, unroll: int) -> tuple[float, ...]:
+def _rows(stats: Stats, n: int, size: int, unroll: int, team: int) -> tuple[float, ...]:
     """Launch, MB of B, of A, of C, rounds in the longest chain, a second launch where rows are cut, 10^6 lanes."""
-    team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean)
-    tiles = -(-n * size // (16 * team * loads))
-    cut = Cut.of(n, size, stats.mean, stats.nnz, unroll, None)
+    lanes, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean, team)
+    tiles = -(-n * size // (16 * lanes * loads))
+    cut = Cut.of(n, size, stats.mean, stats.nnz, unroll, team, None)
     alone = min(stats.longest, cut.whole) / (unroll // loads * par)
-    whole = min(stats.longest, cut.limit) / (unroll // loads * THREADS // team) if stats.longest > cut.whole else 0
+    whole = min(stats.longest, cut.limit) / (unroll // loads * THREADS // lanes) if stats.longest > cut.whole else 0
     moved = stats.nnz * max(n * size, SECTOR) / 1e6, stats.nnz * (size + 4) * tiles / 1e6, _result(stats, n, size)
-    return 1, *moved, max(alone, whole), float(stats.longest > cut.limit), stats.shape[0] * tiles * team * par / 1e6
+    return 1, *moved, max(alone, whole), float(stats.longest > cut.limit), stats.shape[0] * tiles * lanes * par / 1e6
 
 
 def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:

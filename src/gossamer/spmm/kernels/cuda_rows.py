@@ -14,7 +14,8 @@ from .. import KIND, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 
 THREADS, WARP = 128, 32
-UNROLLS = (4, 8)  # entries of a team in flight
+# Entries of a team in flight, lanes of a team at most: narrow teams find more of B's rows in a multiprocessor's cache.
+KNOBS = ((4, 32), (8, 32), (8, 8))
 LONG = 4  # rounds of entries after which a segment may get a block of its own
 SHORTEST = 4  # rounds of a block in the shortest segment of a row that is cut
 WARPS_PER_SM = 48  # that should have a segment
@@ -47,13 +48,13 @@ class CudaRows(SpmmKernel):
         return nvrtc.refusal(a.device) or (None if a.dtype in KIND else "float32, float16 or bfloat16 values")
 
     @classmethod
-    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
-        return [Way(cls.name, (("unroll", u),)) for u in UNROLLS]
+    def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
+        return [Way(cls.name, (("unroll", unroll), ("team", team))) for unroll, team in KNOBS]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
         mean = a.nnz / max(1, int((a.lengths > 0).sum()))
-        meta = {"shape": list(a.shape), "mean": mean, "unroll": knobs.get("unroll", UNROLLS[0])}
+        meta = {"shape": list(a.shape), "mean": mean} | dict(zip(("unroll", "team"), KNOBS[0], strict=True)) | knobs
         return cls._cut(Packed((a.pointers, a.cols, a.values), meta), n)
 
     @classmethod
@@ -63,7 +64,8 @@ class CudaRows(SpmmKernel):
     @classmethod
     def _cut(cls, packed: Packed, n: int) -> Packed:
         pointers, _, values = packed.tensors
-        cut = Cut.of(n, values.element_size(), packed.meta["mean"], len(values), packed.meta["unroll"], values.device)
+        knobs = packed.meta["unroll"], packed.meta["team"]
+        cut = Cut.of(n, values.element_size(), packed.meta["mean"], len(values), *knobs, values.device)
         segments, longs, slots = cut_rows(pointers, cut.limit)
         wide = int((segments[:, 2] - segments[:, 1] > cut.whole).sum())
         return Packed((segments, longs, *packed.tensors), packed.meta | {"slots": slots, "wide": wide})
@@ -73,7 +75,7 @@ class CudaRows(SpmmKernel):
         segments, longs, _, cols, values = packed
         kind, n = KIND[b.dtype], b.shape[1]
         b, width = padded(b)
-        team, par, loads = shape_of(width, b.element_size(), meta["mean"])
+        team, par, loads = shape_of(width, b.element_size(), meta["mean"], meta["team"])
         c = b.new_empty(meta["shape"][0], width)
         partial = torch.empty(meta["slots"], width, device=b.device)
         blocks = meta["wide"] + -(-team * par * (len(segments) - meta["wide"]) // THREADS)
@@ -93,11 +95,11 @@ class CudaRows(SpmmKernel):
         return *packed[:4], values
 
 
-def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
+def shape_of(width: int, size: int, mean: float, most: int) -> tuple[int, int, int]:
     """Lanes per entry, entries at a time, loads per lane, for rows of B of `width` numbers of `size` bytes."""
     vectors = width * size // 16
-    team = min(32, 1 << max(0, vectors - 1).bit_length())
-    loads = 2 if vectors > 32 else 1
+    team = min(most, 1 << max(0, vectors - 1).bit_length())
+    loads = 2 if team == WARP and vectors > WARP else 1
     par = next(p for p in (32, 16, 8, 4, 2, 1) if p <= 32 // team and (p == 1 or 2 * p <= mean))
     return team, par, loads
 
@@ -109,9 +111,9 @@ class Cut(NamedTuple):
     whole: int
 
     @classmethod
-    def of(cls, n: int, size: int, mean: float, nnz: int, unroll: int, device: torch.device | None) -> Cut:
+    def of(cls, n: int, size: int, mean: float, nnz: int, unroll: int, most: int, device: torch.device | None) -> Cut:
         """No chain of rounds should last longer than a fair share of all, or than a few rounds if that is more."""
-        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean)
+        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean, most)
         tiles = -(-n * size // (16 * team * loads))
         rounds = nnz * tiles * team / (WARP * unroll // loads * WARPS_PER_SM * processors(device))
         step = unroll // loads * THREADS // team

@@ -27,7 +27,7 @@ class Dense(SpmmKernel):
         return None
 
     @classmethod
-    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
+    def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
         knobs = (("tf32", True),) if tf32 else ()
         return [Way(cls.name, knobs)] if a.nnz >= LEAST_DENSITY * a.shape[0] * a.shape[1] else []
 
