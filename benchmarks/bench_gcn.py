@@ -3,10 +3,10 @@
     python benchmarks/bench_gcn.py --data DATA
 
 Two layers, hidden width 128 to 512, features as wide as the hidden layer, 16 classes, Adam; a step is forward, loss,
-backward and update, replayed as a CUDA graph on both sides. torch.sparse runs as CSR, and as COO, which cannot be captured; the
-faster counts. The adjacency matrix is float32 on both sides; `variant` says what ours rounds to; its kernels are chosen
-by measuring, before the steps are timed. Accuracy is that of Cora's public
-split, the mean of five seeds; without a GPU it is all that is measured.
+backward and update, replayed as a CUDA graph on both sides. torch.sparse runs as CSR, and as COO, which cannot be
+captured; the faster counts. The adjacency matrix is float32 on both sides; `variant` says what ours rounds to; its
+kernels are chosen by measuring, before the steps are timed. Accuracy is that of Cora's public split, the mean of five
+seeds; without a GPU it is all that is measured.
 """
 
 from __future__ import annotations
