@@ -151,12 +151,15 @@ def cell(
     own = {f"cusparse_{'fp16' if precision == 'fp16' else 'fp32'}_{label_of(k)}": k for k in runners if "cusparse" in k}
     baseline = base | {k: times[k] for k in others} | {k: times[v] for k, v in own.items()}
     baseline = {k: round(v, 2) for k, v in baseline.items()}
+    packs = chooser._packed
     chooser.prepare(n, True)
     measured = free = str(chooser.way(n))
     left_out = [str(w) for w in ways if w not in chooser.ways]
     if "cusparse[alg=3]" in left_out:
+        loose._packed = dict(packs)
         loose.prepare(n, True)
         free = str(loose.way(n))
+    chooser._packed = packs  # all of them, for the next width
     stats = chooser.stats
     chosen = next(str(w) for w in chooser.predicted(n) if str(w) in runners)
     reference = min(v for k, v in baseline.items() if k.startswith("cusparse_fp32"))
