@@ -22,7 +22,8 @@ from gossamer.spmm.costs import Costs
 COSTS = Path(model.__file__).parent / "costs.py"
 STEPS = 12  # of reweighting: a time that is twice too short is as wrong as one twice too long
 CAUTIONS = (0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
-RIDGE = 0.02  # keeps costs that little data speaks for small
+LAUNCH = 2.0  # microseconds that any kernel takes
+RIDGE = 0.1  # keeps costs that little data speaks for small
 
 Samples = dict[Hashable, list[tuple[str, tuple[float, ...], float]]]
 
@@ -49,12 +50,14 @@ def fitted(all_samples: Samples, without: str | None = None) -> Costs:
 def _fit(amounts: np.ndarray, times: np.ndarray) -> tuple[float, ...]:
     """Minimises |log(predicted / measured)|, by least squares with weights that follow the last prediction."""
     weights = 1 / times
-    costs = np.zeros(amounts.shape[1])
+    costs, least = np.zeros(amounts.shape[1]), np.eye(amounts.shape[1])[0] * LAUNCH
     for _ in range(STEPS):
-        rows, wanted = amounts * weights[:, None], times * weights
+        rows, wanted = amounts * weights[:, None], np.maximum(times - LAUNCH, 0) * weights
         scale = np.maximum(np.sqrt((rows**2).mean(0)), 1e-9)
         ridge = np.eye(len(scale)) * RIDGE * np.sqrt(len(rows))
-        costs = nnls(np.vstack([rows / scale, ridge]), np.concatenate([wanted, np.zeros(len(scale))]))[0] / scale
+        costs = (
+            nnls(np.vstack([rows / scale, ridge]), np.concatenate([wanted, np.zeros(len(scale))]))[0] / scale + least
+        )
         predicted = amounts @ costs
         off = np.log(np.maximum(predicted, 1e-3) / times)
         # |log| instead of the square of a ratio: large errors count less, both directions alike.

@@ -18,6 +18,7 @@ from .kernels.cuda_rows import THREADS, Cut, shape_of
 from .kernels.cuda_windows import lane_columns
 
 SECTOR = 32  # bytes that the L2 cache hands out at least
+SHARED = 0.01  # density at which half of B's rows are found where another row left them
 MANY = 800  # tiles of C from which on no warp's chain is waited for
 VENDOR = 4.0  # torch's choice among cuSPARSE's algorithms, against the one that fits rows of every kind
 LIBRARY = ("cusparse", "dense", "vendor")
@@ -103,21 +104,29 @@ def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[
 
 
 def _rows(stats: Stats, n: int, size: int, unroll: int, team: int) -> tuple[float, ...]:
-    """Launch, MB of B, of A, of C, rounds in the longest chain, a second launch where rows are cut, 10^6 lanes."""
+    """Launch, MB of B far and near, of A, of C, rounds of the longest chain, another launch for cut rows, 10^6 lanes."""
     lanes, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean, team)
     tiles = -(-n * size // (16 * lanes * loads))
     cut = Cut.of(n, size, stats.mean, stats.nnz, unroll, team, None)
     alone = min(stats.longest, cut.whole) / (unroll // loads * par)
     whole = min(stats.longest, cut.limit) / (unroll // loads * THREADS // lanes) if stats.longest > cut.whole else 0
-    moved = stats.nnz * max(n * size, SECTOR) / 1e6, stats.nnz * (size + 4) * tiles / 1e6, _result(stats, n, size)
+    moved = *_gathered(stats, n, size), stats.nnz * (size + 4) * tiles / 1e6, _result(stats, n, size)
     return 1, *moved, max(alone, whole), float(stats.longest > cut.limit), stats.shape[0] * tiles * lanes * par / 1e6
 
 
 def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
-    """Launch, MB of B as gathered and as it lies, of A, of C, doublings of the longest row, 10^6 rows."""
-    moved = stats.nnz * max(n * size, SECTOR) / 1e6, stats.shape[1] * n * size / 1e6
+    """Launch, MB of B far and near, and as it lies, of A, of C, doublings of the longest row, 10^6 rows."""
+    moved = *_gathered(stats, n, size), stats.shape[1] * n * size / 1e6
     rest = stats.nnz * (size + 4) / 1e6, _result(stats, n, size)
     return 1, *moved, *rest, math.log2(1 + stats.longest), stats.shape[0] / 1e6
+
+
+def _gathered(stats: Stats, n: int, size: int) -> tuple[float, float]:
+    """MB of B's rows fetched one by one, from the L2 cache and from an L1 cache: dense rows find there what others had."""
+    moved = stats.nnz * max(n * size, SECTOR) / 1e6
+    density = stats.nnz / max(1, stats.filled * stats.shape[1])
+    near = density / (density + SHARED)
+    return moved * (1 - near), moved * near
 
 
 def _ell(stats: Stats, n: int, size: int, block: int) -> tuple[float, ...]:
@@ -127,10 +136,9 @@ def _ell(stats: Stats, n: int, size: int, block: int) -> tuple[float, ...]:
 
 
 def _dense(stats: Stats, n: int, size: int) -> tuple[float, ...]:
-    """Launch, MB of A, 10^9 products of 64 columns at least, MB of B and C, few rows."""
+    """Launch, MB of A, 10^9 products of 64 columns at least, MB of B and C, 10^3 columns that follow each other."""
     m, k = stats.shape
-    few = float(m < 4096 and k > 1024)
-    return 1, m * k * size / 1e6, m * k * max(n, 64) / 1e9, (m + k) * n * size / 1e6, few
+    return 1, m * k * size / 1e6, m * k * max(n, 64) / 1e9, (m + k) * n * size / 1e6, k / 1e3
 
 
 def _on_cpu(way: Way, stats: Stats, n: int) -> float:
