@@ -104,7 +104,7 @@ def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[
 
 
 def _rows(stats: Stats, n: int, size: int, unroll: int, team: int) -> tuple[float, ...]:
-    """Launch, MB of B far and near, of A, of C, rounds of the longest chain, another launch for cut rows, 10^6 lanes."""
+    """Launch, MB of B far and near, of A, of C, rounds of the longest chain, a launch for cut rows, 10^6 lanes."""
     lanes, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean, team)
     tiles = -(-n * size // (16 * lanes * loads))
     cut = Cut.of(n, size, stats.mean, stats.nnz, unroll, team, None)
@@ -122,7 +122,7 @@ def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
 
 
 def _gathered(stats: Stats, n: int, size: int) -> tuple[float, float]:
-    """MB of B's rows fetched one by one, from the L2 cache and from an L1 cache: dense rows find there what others had."""
+    """MB of B's rows fetched one by one, from the L2 cache and from an L1 cache, where dense rows find what others had."""
     moved = stats.nnz * max(n * size, SECTOR) / 1e6
     density = stats.nnz / max(1, stats.filled * stats.shape[1])
     near = density / (density + SHARED)
