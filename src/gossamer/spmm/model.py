@@ -122,7 +122,7 @@ def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
 
 
 def _gathered(stats: Stats, n: int, size: int) -> tuple[float, float]:
-    """MB of B's rows fetched one by one, from the L2 cache and from an L1 cache, where dense rows find what others had."""
+    """MB of B's rows fetched one by one, from the L2 cache and from L1, where dense rows find what others had."""
     moved = stats.nnz * max(n * size, SECTOR) / 1e6
     density = stats.nnz / max(1, stats.filled * stats.shape[1])
     near = density / (density + SHARED)
