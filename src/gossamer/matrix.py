@@ -43,7 +43,7 @@ class SparseMatrix:
     requires_grad: `values`, a leaf, gets a gradient in every product; then kernels that pack values are left out.
     reorder: may rows be put in another order inside (the result has A's own)? Takes some of the packing time.
     measure: choose kernels by timing the promising ones when a width of B first comes up, instead of by prediction;
-        what was measured stays in the cache folder, for this GPU and this pattern.
+        what was measured stays in the cache folder, and serves every SparseMatrix of this pattern on this GPU.
     deterministic: two products of the same operands agree to the bit; leaves out some of cuSPARSE's algorithms.
 
     `A @ B`, `A.T @ B` for B [K, N] or [K]: the result has B's dtype, and is differentiable in B. B is used as it lies;

@@ -31,7 +31,8 @@ class Chooser:
 
     tf32: may float32 values be rounded? reordering: may rows be put in another order inside? changing: will values
     differ from product to product? Then only kernels that read them where they lie are used. measuring: are ways timed
-    when a width first comes up, or does the prediction do? deterministic: must two runs agree to the bit?
+    when a width first comes up that this machine has not timed yet, or does the prediction do? deterministic: must two
+    runs agree to the bit?
     """
 
     def __init__(
@@ -92,11 +93,7 @@ class Chooser:
     def _chosen(self, n: int) -> Way:
         if len(self.ways) == 1:
             return self.ways[0]
-        return self._fastest(n) if self.measuring and not self._captured else next(iter(self.predicted(n)))
-
-    @property
-    def _captured(self) -> bool:
-        return self.a.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._fastest(n) if self.measuring or self._recalled(n) else next(iter(self.predicted(n)))
 
     def packed(self, n: int, way: Way) -> Packed:
         key = bucket(n), way
@@ -126,10 +123,15 @@ class Chooser:
     def _memory(self) -> memory.Memory:
         return memory.Memory(self.a, self.tf32, self.reordering, self.changing)
 
+    def _recalled(self, n: int) -> dict[str, float] | None:
+        """What this machine has measured before, if that was enough."""
+        known = self._memory.recall(n)
+        return known if known and known.keys() >= {str(w) for w in self._promising(n)} else None
+
     def _fastest(self, n: int) -> Way:
         promising = self._promising(n)
-        known = self._memory.recall(n)
-        if known is None or not known.keys() >= {str(w) for w in promising}:
+        known = self._recalled(n)
+        if known is None:
             known = self._raced(n, promising)
             self._memory.remember(n, known)
         self._times[n] = {w: known[str(w)] for w in sorted(promising, key=lambda w: known[str(w)])}
