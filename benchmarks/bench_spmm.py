@@ -52,6 +52,11 @@ LARGE = {
     "rmat20_10M": lambda: spmm_matrices.rmat(20, 11),
     "blocks_10M": lambda: spmm_matrices.block_diagonal(163840, 64, 1.0),
 }
+SPECIAL = (
+    ("band512_vs_bsr", "band512_16k", 3.0, ("bsr",)),
+    ("band512_vs_blocked_ell", "band512_16k", 1.0, ("ell",)),
+    ("shuffled_blocks_vs_cusparse", "blockdiag64_shuffled", 3.0, ("cusparse",)),
+)
 ALL = {"alg1": cusparse.ALG1, "alg2": cusparse.ALG2, "alg3": cusparse.ALG3}
 
 
@@ -264,9 +269,23 @@ def summarise() -> None:
             write(name, {"N": n, "precision": precision, "choice": choice}, value, must, len(own))
         low = {k: round(v, 2) for k, v in sorted(ratios.items(), key=lambda i: i[1]) if v < 0.95}
         print(precision, n, choice, {k: round(v, 2) for k, v in sums.items()}, "below:", low)
+    special(lines, took)
     within = [t["predicted"] <= 1.15 * t["best"] for t in took.values()]
     write("choice_within_15pct", {}, sum(within) / len(within), 0.85, len(within))
     print("choice within 15 %:", sum(within) / len(within), "of", len(within))
+
+
+def special(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
+    """Single matrices that have a bar of their own, in 16 bits."""
+    for line, (name, matrix, must, labels) in itertools.product(lines, SPECIAL):
+        case = line["case"]
+        if case["matrix"] != matrix or case["precision"] != "fp16":
+            continue
+        other = min(v for k, v in line["baselines"].items() if any(label in k for label in labels))
+        for choice in ("predicted", "measured"):
+            value = other / took[id(line)][choice]
+            write(name, {"N": case["N"], "choice": choice}, value, must if case["N"] == 512 else None, 1)
+            print(name, case["N"], choice, round(value, 2))
 
 
 def best_other(line: dict) -> float:
