@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import nnls
 
-import bench_spmm
+import spmm_lines
 from gossamer.spmm import model
 from gossamer.spmm.costs import Costs
 
@@ -32,9 +32,9 @@ def samples(lines: list[dict]) -> Samples:
     """Per key of COSTS: (kind of matrix, amounts, microseconds)."""
     found: Samples = {}
     for line in lines:
-        stats, n, size = bench_spmm.stats_of(line), line["case"]["N"], bench_spmm.size_of(line)
+        stats, n, size = spmm_lines.stats_of(line), line["case"]["N"], spmm_lines.size_of(line)
         for text, took in line["candidates"].items():
-            key, amounts = model.described(bench_spmm.way_of(text), stats, n, size)
+            key, amounts = model.described(spmm_lines.way_of(text), stats, n, size)
             found.setdefault(key, []).append((line["case"]["kind"], amounts, took))
     return found
 
@@ -69,9 +69,9 @@ def judged(lines: list[dict], costs: Mapping[str, Costs], caution: float = model
     """Of each line, what the choice by the costs for its kind took against the best way, and against the others."""
     found = []
     for line in lines:
-        took = bench_spmm.allowed(line)
-        chosen = took[bench_spmm.rechosen(line, costs[line["case"]["kind"]], caution)]
-        found.append({"best": chosen / min(took.values()), "others": bench_spmm.best_other(line) / chosen})
+        took = spmm_lines.allowed(line)
+        chosen = took[spmm_lines.rechosen(line, costs[line["case"]["kind"]], caution)]
+        found.append({"best": chosen / min(took.values()), "others": spmm_lines.best_other(line) / chosen})
     return found
 
 
@@ -81,7 +81,7 @@ def said(name: str, found: list[dict[str, float]]) -> float:
     below = sum(o < 0.95 for o in low)
     print(f"{name}: within 15 % of the best way {share:.3f} of {len(found)}, mean loss", end=" ")
     print(
-        f"{bench_spmm.geomean([f['best'] for f in found]):.3f}, against the others worst {low[0]:.2f}, {below} < 0.95"
+        f"{spmm_lines.geomean([f['best'] for f in found]):.3f}, against the others worst {low[0]:.2f}, {below} < 0.95"
     )
     return share
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="renew costs.py")
     parser.add_argument("--append", action="store_true", help="append the figure to the results")
     asked = parser.parse_args()
-    lines = bench_spmm.newest()
+    lines = spmm_lines.newest()
     data, kinds = samples(lines), {x["case"]["kind"] for x in lines}
     said("as committed", judged(lines, dict.fromkeys(kinds, model.COSTS)))
     everything = fitted(data)
@@ -101,7 +101,7 @@ def main() -> None:
         said(f"left out, caution {caution}", judged(lines, apart, caution))
     share = said("left out", judged(lines, apart))
     if asked.append:
-        bench_spmm.write("choice_within_15pct_left_out", {}, share, 0.85, len(lines))
+        spmm_lines.write("choice_within_15pct_left_out", {}, share, 0.85, len(lines))
     if asked.write:
         head = COSTS.read_text().partition("COSTS:")[0]
         body = "".join(f"    {key!r}: {costs!r},\n" for key, costs in sorted(everything.items(), key=str))
