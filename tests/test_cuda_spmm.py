@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gossamer import nvrtc
+from gossamer.cusparse import CusparseError
 from gossamer.spmm import Csr, registry, sampled
 from gossamer.spmm._windows import DEPTH, TILE, Layout, lay_out, schedule
 from gossamer.spmm.kernels import cusparse
@@ -290,13 +291,16 @@ def test_blocked_ell_on_the_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_cusparse_in_a_cuda_graph_without_a_plan() -> None:
+def test_cusparse_in_a_cuda_graph() -> None:
     a, b = hubs(200, 300, 0.1).cuda(), torch.randn(300, 24, device="cuda")
-    packed = registry["cusparse"].pack(Csr.of(a), 24, alg=3)
-    registry["cusparse"].run(b[:, :8], packed.tensors, packed.meta)
+    packed, own = registry["cusparse"].pack(Csr.of(a), 24, alg=3), registry["cusparse"]
     graph = torch.cuda.CUDAGraph()
+    with pytest.raises(CusparseError, match="fix: make one such product before"), torch.cuda.graph(graph):
+        own.run(b, packed.tensors, packed.meta)
+    expected, graph = own.run(b, packed.tensors, packed.meta), torch.cuda.CUDAGraph()
+    torch.testing.assert_close(expected, a @ b, rtol=1e-4, atol=1e-4)
     with torch.cuda.graph(graph):
-        found = registry["cusparse"].run(b, packed.tensors, packed.meta)
+        found = own.run(b, packed.tensors, packed.meta)
+    b.normal_()
     graph.replay()
     torch.testing.assert_close(found, a @ b, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(registry["cusparse"].run(b, packed.tensors, packed.meta), a @ b, rtol=1e-4, atol=1e-4)

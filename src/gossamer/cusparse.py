@@ -109,18 +109,20 @@ def blocked_ell(columns: int, table: Tensor, values: Tensor) -> Sparse:
 
 
 class Plan:
-    """C = A B by one algorithm for B like `b` (a [K, N] with rows end to end); float32 accumulation.
+    """C = A B by one algorithm for B like `b` (a [K, N] with rows end to end), prepared; float32 accumulation.
 
-    Prepared, unless it is made while a CUDA graph is captured, where cuSPARSE cannot.
+    CusparseError while a CUDA graph is captured, where cuSPARSE cannot prepare.
     """
 
     def __init__(self, a: Sparse, b: Tensor, algorithm: int) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise CusparseError(f"no plan for {b.shape[1]} columns yet; fix: make one such product before capturing it")
         self.a, self.algorithm, self._parts = a, algorithm, (ctypes.c_float(1), ctypes.c_float(0))
         self._b, self._c = Dense(b), Dense(b.new_empty(a.shape[0], b.shape[1]))
         size = ctypes.c_size_t()
         call("cusparseSpMM_bufferSize", _handle(b.get_device()), *self._args(), ctypes.byref(size))
         self._room = torch.empty(max(16, size.value), dtype=torch.uint8, device=b.device)
-        if algorithm in CSR and not torch.cuda.is_current_stream_capturing():
+        if algorithm in CSR:
             with _lock, torch.cuda.device(b.device):
                 handle = _on_stream(b)
                 call("cusparseSpMM_preprocess", handle, *self._args(), address(self._room))

@@ -62,16 +62,14 @@ class Cusparse(SpmmKernel):
 
 
 def plan_for(b: Tensor, meta: dict[str, Any]) -> cusparse.Plan:
-    """The plan for B of this width, kept unless made under capture, where it is not prepared."""
+    """The plan for B of this width, kept."""
     plans, key = meta["plans"], (b.shape[1], b.stride(0))
-    if key in plans:
-        return plans[key]
-    plan = cusparse.Plan(meta["left"], b, meta["algorithm"])
-    if not torch.cuda.is_current_stream_capturing():
+    if key not in plans:
+        plan = cusparse.Plan(meta["left"], b, meta["algorithm"])
         if len(plans) >= PLANS:
             del plans[next(iter(plans))]
         plans[key] = plan
-    return plan
+    return plans[key]
 
 
 def repeats(a: Csr, algorithm: int) -> bool:
