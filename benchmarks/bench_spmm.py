@@ -188,7 +188,7 @@ def label_of(way: str) -> str:
 
 def extra(name: str, a: Csr) -> list[str]:
     """cuSPARSE's algorithms for float16 that are no candidates."""
-    return ["alg1"] * (a.nnz < SMALL) + (["ell16", "ell32", "bsr16"] if name in BLOCKED else [])
+    return ["alg2"] + ["alg1"] * (a.nnz < SMALL) + (["ell16", "ell32", "bsr16"] if name in BLOCKED else [])
 
 
 def packing() -> None:

@@ -158,7 +158,6 @@ def checked(name: str, a: Tensor, b: Tensor, **knobs: object) -> None:
     found = product(name, Csr.of(a), b, **knobs)
     assert found.dtype == b.dtype and found.shape == expected.shape
     bound = 2e-3 if b.dtype == torch.float16 else 8e-3 if b.dtype == torch.bfloat16 else 1e-3
-    bound = 2 * bound if knobs.get("alg") == 2 else bound  # it adds up what is rounded already
     bound = 3e-6 if name == "cuda_rows" and b.dtype == torch.float32 else bound
     error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-30)
     assert error <= bound or not expected.norm(), f"{name} {knobs} {tuple(a.shape)} n={b.shape[1]}: {error:.1e}"
@@ -223,6 +222,8 @@ def test_sddmm_source_on_the_cpu(on_cpu: None, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("name", "knobs"), WAYS + LIBRARY)
 def test_against_float64(name: str, knobs: dict, dtype: torch.dtype) -> None:
+    if knobs.get("alg") == 2 and dtype != torch.float32:
+        pytest.skip("adds up what is rounded already, and is no candidate")
     for m, k, density in ((1, 1, 1.0), (8, 16, 1.0), (77, 130, 0.1), (500, 700, 0.02), (40, 9000, 0.5), (300, 64, 0.9)):
         a = (torch.randn(m, k, device="cuda") * (torch.rand(m, k, device="cuda") < density)).to(dtype)
         for n in (1, 7, 8, 12, 32, 33, 96, 200, 520):
