@@ -1,19 +1,21 @@
 """General sparse products on the GPU against every algorithm of cuSPARSE and a dense product, on 27 matrices.
 
     python benchmarks/bench_spmm.py --data DATA             # measures, appends a line per matrix, width and precision
-    python benchmarks/bench_spmm.py --summarise             # the figures of the newest lines, by what the model chooses
+    python benchmarks/bench_spmm.py --packing               # choosing, reordering and packing of 10^7 entries
+    python benchmarks/bench_spmm.py --summarise             # the figures of the newest lines
 
 Timed hot (one set of operands, so that what fits the L2 cache stays there), as replayed CUDA graphs; cuSPARSE is
 prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. "ours" is the way that `SparseMatrix` chooses
-without measuring; "candidates" are all that it chose from, so that the choice can be judged. `packing_ms` is what
-choosing, reordering and packing took, first products left out, since they compile kernels.
+without measuring, "measured" the one that `measure=True` chose, by timings of its own; "measured_free" the same with
+`deterministic=False`; "candidates" are all that this one chose from, timed side by side with "baselines"; of them the
+default leaves out "left_out", and two runs of those in "unstable" did not agree. `packing_ms` is what choosing,
+reordering and packing took.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
@@ -26,38 +28,51 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cusparse
+import bsr
 import spmm_matrices
-from gossamer import nvrtc, timing
-from gossamer.spmm import Csr, Way, model
+from gossamer import cusparse, nvrtc, timing
+from gossamer.matrix import SparseMatrix
+from gossamer.spmm import Csr
 from gossamer.spmm.choice import Chooser
 from gossamer.spmm.kernels import cuda_rows, cuda_windows
+from gossamer.spmm.kernels import cusparse as cusparse_kernel
 from results import append, environment
+from spmm_lines import PRECISIONS, RESULTS, WIDTHS, summarise
 
-RESULTS = Path(__file__).parent / "results" / "spmm.jsonl"
-WIDTHS = (8, 32, 128, 512)
-PRECISIONS = {"fp16": (torch.float16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 BOUNDS = {"fp16": 2e-3, "tf32": 1e-3, "fp32": 1e-5}
-MUST = {"fp16": {8: 1.9, 32: 1.8, 128: 2.0, 512: 2.1}, "tf32": dict.fromkeys(WIDTHS, 1.2)}
-BLOCKED = ("band512_16k", "blockdiag64_shuffled")  # the ones that cuSPARSE's block formats are tried on
+BLOCKED = ("band64_16k", "band512_16k", "blockdiag64_shuffled")  # that all of cuSPARSE's block formats are tried on
 SMALL = 200_000  # entries; on larger matrices cuSPARSE's CSR_ALG1 was never the best, and very slow
 SECONDS = 0.003  # of timing per candidate, at least
+LARGE = {
+    "rmat20_10M": lambda: spmm_matrices.rmat(20, 11),
+    "blocks_10M": lambda: spmm_matrices.block_diagonal(163840, 64, 1.0),
+}
+ALL = {"alg1": cusparse.ALG1, "alg2": cusparse.ALG2, "alg3": cusparse.ALG3}
 
 
-def baselines(name: str, a: Csr, b: torch.Tensor, precision: str) -> dict[str, partial]:
-    """Every algorithm of cuSPARSE, and cuBLAS."""
+def baselines(name: str, a: Csr, b: torch.Tensor, which: list[str]) -> dict[str, partial]:
+    """cuSPARSE's algorithms for CSR, its block formats by the size of their blocks."""
     found = {}
-    tried = {n: (alg, 0) for n, alg in cusparse.CSR_ALGORITHMS.items() if n != "alg1" or a.nnz < SMALL}
-    if precision == "fp16" and name in BLOCKED:
-        tried |= {f"ell{s}": (cusparse.BLOCKED_ELL, s) for s in (16, 32)} | {"bsr16": (cusparse.BSR, 16)}
-    for label, (algorithm, block) in tried.items():
+    for label in which:
         try:
-            run, _ = cusparse.product(a, b, algorithm, block)
+            run = _baseline(a, b, label)
             run()
-            found[f"cusparse_{precision}_{label}"] = run
+            found[f"cusparse_{'fp32' if a.dtype == torch.float32 else 'fp16'}_{label}"] = run
         except (cusparse.CusparseError, torch.OutOfMemoryError) as error:
             print(f"{name} {label}: {error}", file=sys.stderr)
     return found
+
+
+def _baseline(a: Csr, b: torch.Tensor, label: str) -> partial:
+    if label.startswith("alg"):
+        left, algorithm = cusparse.csr(a.shape, a.pointers.to(torch.int32), a.cols, a.values), ALL[label]
+    elif label.startswith("ell"):
+        left = cusparse.blocked_ell(a.shape[1], *cusparse_kernel.blocks_of(a, int(label[3:])))
+        algorithm = cusparse.BLOCKED_ELL
+    else:
+        left, algorithm = bsr.bsr(a, int(label[3:])), cusparse.BSR
+    plan = cusparse.Plan(left, b, algorithm)
+    return partial(plan.run, b, torch.zeros(left.shape[0], b.shape[1], dtype=b.dtype, device=b.device))
 
 
 def timed(runners: Mapping[str, timing.Call]) -> dict[str, float]:
@@ -72,7 +87,8 @@ def relative_error(found: torch.Tensor, a: Csr, b: torch.Tensor) -> float:
 
 
 def cells(name: str, kind: str, a32: Csr) -> None:
-    base = {n: timed(baselines(name, a32, dense_operand(a32, n, torch.float32), "fp32")) for n in WIDTHS}
+    few = [x for x in ALL if x != "alg1" or a32.nnz < SMALL]
+    base = {n: timed(baselines(name, a32, dense_operand(a32, n, torch.float32), few)) for n in WIDTHS}
     for precision, (dtype, tf32) in PRECISIONS.items():
         a = a32.to(dtype=dtype)
         torch.cuda.synchronize()
@@ -81,10 +97,11 @@ def cells(name: str, kind: str, a32: Csr) -> None:
         chooser.prepare(WIDTHS[0], False)
         torch.cuda.synchronize()
         packing = time.perf_counter() - start
+        loose = Chooser(a, tf32, True, False, deterministic=False)
         for n in WIDTHS:
-            line = cell(name, kind, a32, a, n, precision, chooser, base[n])
+            line = cell(name, kind, a32, a, n, precision, (chooser, loose), base[n])
             append(RESULTS, line | {"packing_ms": round(1e3 * packing, 1)} | environment("cuda"))
-        del chooser
+        del chooser, loose
 
 
 def dense_operand(a: Csr, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -93,29 +110,56 @@ def dense_operand(a: Csr, n: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def cell(
-    name: str, kind: str, a32: Csr, a: Csr, n: int, precision: str, chooser: Chooser, base: dict[str, float]
+    name: str,
+    kind: str,
+    a32: Csr,
+    a: Csr,
+    n: int,
+    precision: str,
+    choosers: tuple[Chooser, Chooser],
+    base: dict[str, float],
 ) -> dict:
+    """choosers: the default, and one that may choose what does not repeat itself to the bit."""
+    chooser, loose = choosers
     b = dense_operand(a, n, a.dtype)
-    runners, ways = {}, [w for w in chooser.ways if w.kernel != "vendor"]
+    runners, ways = {}, [w for w in loose.ways if w.kernel != "vendor"]
     for way in ways:
-        packed = chooser.packed(n, way)
-        runners[str(way)] = partial(way.own.run, b, packed.tensors, packed.meta)
-    worst = 0.0
+        try:
+            packed = chooser.packed(n, way)
+            runners[str(way)] = run = partial(way.own.run, b, packed.tensors, packed.meta)
+            run()
+        except (cusparse.CusparseError, torch.OutOfMemoryError) as error:
+            runners.pop(str(way), None)
+            print(f"{name} {way} N={n}: {error}", file=sys.stderr)
+    worst, unstable = 0.0, []
     exact = a32 if precision == "tf32" else a
     for key, run in runners.items():
-        error = relative_error(run(), exact, b)
+        error = relative_error(found := run(), exact, b)
         if not error <= BOUNDS[precision]:
             raise ArithmeticError(f"{name} {key} N={n} {precision}: relative error {error:.1e}")
         worst = max(worst, error)
-    others = baselines(name, a, b, precision) if precision == "fp16" else {}
+        if not all(torch.equal(found, run()) for _ in range(2)):
+            unstable.append(key)
+    others = baselines(name, a, b, extra(name, a)) if precision == "fp16" else {}
     times = timed(runners | others)
     candidates = {k: round(times[k], 2) for k in runners}
-    baseline = {k: round(v, 2) for k, v in (base | {k: times[k] for k in others}).items()}
+    own = {f"cusparse_{'fp16' if precision == 'fp16' else 'fp32'}_{label_of(k)}": k for k in runners if "cusparse" in k}
+    baseline = base | {k: times[k] for k in others} | {k: times[v] for k, v in own.items()}
+    baseline = {k: round(v, 2) for k, v in baseline.items()}
+    packs = chooser._packed
+    chooser.prepare(n, True)
+    measured = free = str(chooser.way(n))
+    left_out = [str(w) for w in ways if w not in chooser.ways]
+    if "cusparse[alg=3]" in left_out:
+        loose._packed = dict(packs)
+        loose.prepare(n, True)
+        free = str(loose.way(n))
+    chooser._packed = packs  # all of them, for the next width
     stats = chooser.stats
-    chosen = str(chooser.way(n))
+    chosen = next(str(w) for w in chooser.predicted(n) if str(w) in runners)
     reference = min(v for k, v in baseline.items() if k.startswith("cusparse_fp32"))
     print(f"{name:21s} {n:4d} {precision} {chosen:34s} {candidates[chosen]:8.1f} us", end=" ")
-    print(f"{reference / candidates[chosen]:6.2f}x, best {min(candidates, key=candidates.get)}", flush=True)  # type: ignore[arg-type]
+    print(f"{reference / candidates[chosen]:6.2f}x, measured {measured} {candidates[measured]:.1f}", flush=True)
     return {
         "bench": "spmm",
         "case": {"matrix": name, "kind": kind, "N": n, "precision": precision},
@@ -125,84 +169,45 @@ def cell(
         "unit": "us",
         "ratio": round(reference / candidates[chosen], 3),
         "way": chosen,
+        "measured": measured,
+        "measured_free": free,
+        "left_out": left_out,
         "error": float(f"{worst:.2g}"),
         "candidates": candidates,
         "baselines": baseline,
-        "stats": [list(stats.shape), stats.nnz, stats.longest, stats.filled, stats.gathered],
+        "unstable": unstable,
+        "stats": [list(stats.shape), stats.nnz, stats.longest, stats.filled, stats.gathered, stats.blocks],
         "reordered": chooser.reordered,
     }
 
 
-def newest() -> list[dict]:
-    """The last line of each case."""
-    lines = [json.loads(x) for x in RESULTS.read_text().splitlines()]
-    return list({json.dumps(x["case"]): x for x in lines if "summary" not in x}.values())
+def label_of(way: str) -> str:
+    """cusparse[alg=2] -> alg2."""
+    return way.partition("[")[2].removesuffix("]").replace("=", "")
 
 
-def rechosen(line: dict) -> str:
-    """What the model chooses today among the candidates of a line."""
-    shape, nnz, longest, filled, gathered = line["stats"]
-    stats = model.Stats(tuple(shape), nnz, longest, filled, {int(h): tuple(g) for h, g in gathered.items()})
-    n, size = line["case"]["N"], 2 if line["case"]["precision"] == "fp16" else 4
-    return min(line["candidates"], key=lambda text: model.microseconds(way_of(text), stats, n, size))
+def extra(name: str, a: Csr) -> list[str]:
+    """cuSPARSE's algorithms for float16 that are no candidates."""
+    return ["alg2"] + ["alg1"] * (a.nnz < SMALL) + (["ell16", "ell32", "bsr16"] if name in BLOCKED else [])
 
 
-def way_of(text: str) -> Way:
-    """The inverse of str(way)."""
-    kernel, _, knobs = text.removesuffix("]").partition("[")
-    if not knobs:
-        return Way(kernel)
-    found = {"masked": False} | {k: int(v) if v else True for k, _, v in (x.partition("=") for x in knobs.split(","))}
-    return Way(kernel, tuple(found.items()))
+def packing() -> None:
+    """Milliseconds from a torch.sparse tensor on the GPU to a packed matrix, without what only the first one costs."""
+    for name, make in LARGE.items():
+        a = spmm_matrices.csr(make(), torch.device("cuda")).torch()
+        took = [_packed_in(a) for _ in range(4)][1:]
+        line = {"bench": "spmm", "summary": "packing_ms", "case": {"matrix": name, "nnz": a.values().numel()}}
+        line |= {"value": round(1e3 * max(took), 1), "sense": "<=", "must": 1000, "unit": "ms", "n": len(took)}
+        append(RESULTS, line | {k: environment("cuda")[k] for k in ("machine", "commit", "date")})
+        print(name, a.values().numel(), [round(1e3 * t, 1) for t in took], "ms", flush=True)
 
 
-def geomean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def summarise() -> None:
-    """Figures by what the model chooses today ("predicted"), and by the fastest candidate ("measured")."""
-    lines = newest()
-    took = {
-        id(x): {"predicted": x["candidates"][rechosen(x)], "measured": min(x["candidates"].values())} for x in lines
-    }
-    for precision, n, choice in itertools.product(PRECISIONS, WIDTHS, ("predicted", "measured")):
-        own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n]
-        if not own:
-            continue
-        sums = {"geomean_vs_cusparse": geomean([x["baseline_value"] / took[id(x)][choice] for x in own])}
-        if precision == "fp16":
-            like = [min(v for k, v in x["baselines"].items() if "fp16_alg" in k) / took[id(x)][choice] for x in own]
-            sums["geomean_vs_cusparse_fp16"] = geomean(like)
-        ratios = {x["case"]["matrix"]: best_other(x) / took[id(x)][choice] for x in own}
-        sums["worst_vs_best_of_cusparse_dense"] = min(ratios.values())
-        for name, value in sums.items():
-            must = 0.95 if name.startswith("worst") else MUST.get(precision, {}).get(n)
-            must = None if name.endswith("fp16") else must
-            write(name, {"N": n, "precision": precision, "choice": choice}, value, must, len(own))
-        low = {k: round(v, 2) for k, v in sorted(ratios.items(), key=lambda i: i[1]) if v < 0.95}
-        print(precision, n, choice, {k: round(v, 2) for k, v in sums.items()}, "below:", low)
-    within = [t["predicted"] <= 1.15 * t["measured"] for t in took.values()]
-    write("choice_within_15pct", {}, sum(within) / len(within), 0.85, len(within))
-    print("choice within 15 %:", sum(within) / len(within), "of", len(within))
-
-
-def best_other(line: dict) -> float:
-    """The best of cuSPARSE, of any format and no higher precision than asked for, and of dense."""
-    precision = line["case"]["precision"]
-    able = [v for k, v in line["baselines"].items() if precision == "fp16" or "fp32" in k]
-    return min([*able, line["candidates"].get("dense", math.inf)])
-
-
-def write(name: str, case: dict, value: float, must: float | None, n: int) -> None:
-    kept = {k: environment("cuda" if torch.cuda.is_available() else "cpu")[k] for k in ("machine", "commit", "date")}
-    kept["machine"] = machine_of_lines()
-    line = {"bench": "spmm", "summary": name, "case": case, "value": round(value, 3), "sense": ">=", "must": must}
-    append(RESULTS, line | {"unit": "", "n": n} | kept)
-
-
-def machine_of_lines() -> str:
-    return newest()[-1]["machine"]
+def _packed_in(a: torch.Tensor) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    SparseMatrix(a, "fp16").prepare(128)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def generate(folder: Path, data: Path, name: str) -> None:
@@ -238,11 +243,12 @@ def functions() -> list[nvrtc.Function]:
         found += [cuda_windows.sum_function(kind, rows) for rows in cuda_windows.ROWS]
         size = 4 if kind == 2 else 2
         found += [
-            cuda_rows.function(kind, *cuda_rows.shape_of(n, size, mean))
+            cuda_rows.function(kind, *(shape := cuda_rows.shape_of(n, size, mean, team)), unroll // shape[2])
             for n in WIDTHS
             for mean in (1, 4, 8, 16, 32, 64)
+            for unroll, team in cuda_rows.KNOBS
         ]
-        found.append(cuda_rows.function(kind, 1, 1, 1, "spmm_rows_sum"))
+        found.append(cuda_rows.function(kind, 1, 1, 1, 1, "spmm_rows_sum"))
     return found
 
 
@@ -255,10 +261,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real matrices")
     parser.add_argument("--work", type=Path, default=Path("/tmp/gossamer_spmm"), help="folder for the generated ones")
     parser.add_argument("--only", nargs="*", help="names of matrices")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no matrix after so many")
     parser.add_argument("--summarise", action="store_true")
+    parser.add_argument("--packing", action="store_true")
     asked = parser.parse_args()
-    if asked.summarise:
-        return summarise()
+    if asked.summarise or asked.packing:
+        return summarise() if asked.summarise else packing()
+    start = time.monotonic()
     names = [n for n in spmm_matrices.patterns(asked.data) if not asked.only or n in asked.only]
     asked.work.mkdir(exist_ok=True)
     with ProcessPoolExecutor() as pool:
@@ -266,6 +275,8 @@ def main() -> None:
     warm_compiler()
     timing.LAUNCHES = 10
     for name in names:
+        if time.monotonic() - start > asked.seconds:
+            return print("out of time before", name)
         pattern = generated(asked.work, name)
         cells(name, pattern[0], spmm_matrices.csr(pattern, torch.device("cuda")))
         torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import pickle
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 from gossamer import reorder
 from gossamer.formats import FormatError
 from gossamer.matrix import SparseMatrix, spmm
-from gossamer.spmm import Csr, KernelError, model, registry
+from gossamer.spmm import Csr, KernelError, memory, model, registry
 from gossamer.spmm.choice import Chooser
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -253,7 +254,8 @@ def test_malformed_matrix_market(tmp_path: Path, text: str, said: str) -> None:
         SparseMatrix(tmp_path / "a.mtx")
 
 
-def test_explain_says_what_runs() -> None:
+def test_explain_says_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
     text = SparseMatrix(random(), reorder=False).explain(8, 128)
     assert "60 x 90" in text and "N = 8: " in text and "N = 128: " in text and "predicted" in text
     sparse = SparseMatrix(random())
@@ -340,8 +342,53 @@ def test_precisions(precision: str) -> None:
         assert float((out - expected).norm() / expected.norm()) < bound, way
 
 
+def test_what_does_not_repeat_itself_is_left_out() -> None:
+    cusparse, short, long = registry["cusparse"], Csr.of(torch.ones(3, 512)), Csr.of(torch.ones(3, 513))
+    assert [str(w) for w in cusparse.ways(short, False)] == ["cusparse[alg=3]"]
+    assert cusparse.ways(long, True) == []
+    assert [str(w) for w in cusparse.ways(long, False, False)] == ["cusparse[alg=2]", "cusparse[alg=3]"]
+    for loose in (True, False):
+        assert [str(w) for w in cusparse.ways(long.to(dtype=torch.float16), False, not loose)] == ["cusparse[alg=3]"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_two_runs_agree(precision: str) -> None:
+    a, b = torch.randn(300, 4000) * (torch.rand(300, 4000) < 0.3), torch.randn(4000, 64, device="cuda")
+    sparse = SparseMatrix(a, precision, device="cuda")
+    chooser = sparse._side(False).chooser
+    for way in chooser.ways:
+        packed = chooser.packed(64, way)
+        first, second = (way.own.run(b.to(sparse.dtype), packed.tensors, packed.meta) for _ in range(2))
+        assert torch.equal(first, second), way
+
+
 @pytest.mark.gpu
 def test_save_from_the_gpu_and_moving() -> None:
     a, buffer = SparseMatrix(random(), device="cuda"), io.BytesIO()
     torch.save(a.to("cpu").torch(), buffer)
     assert torch.equal(a.to("cpu").torch().to_dense(), a.torch().to_dense().cpu())
+
+
+def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    a, b = random(), torch.randn(90, 8)
+    torch.testing.assert_close(SparseMatrix(a, measure=True) @ b, a @ b)
+    (kept,) = (tmp_path / "spmm").iterdir()
+    times = json.loads(kept.read_text())["8"]
+    assert times.keys() == {"dense", "vendor"} and min(times.values()) > 0
+    for slow in times:
+        kept.write_text(json.dumps({"8": {way: 9.0 if way == slow else 1.0 for way in times}}))
+        monkeypatch.setattr("gossamer.timing.race", lambda *_: pytest.fail("measured again"))
+        for again in (SparseMatrix(a).prepare(8, measure=True), SparseMatrix(a), SparseMatrix(a, measure=True)):
+            assert str(again.way(8)) != slow and "measured us" in again.explain(8)
+    kept.write_text("broken")
+    monkeypatch.undo()
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "spmm" / kept.name / "no folder"))
+    SparseMatrix(a, measure=True) @ b
+
+
+def test_patterns_have_digests_of_their_own() -> None:
+    a = random(20, 30, 0.2)
+    found = {tuple(memory.digest(Csr.of(x))) for x in (a, a.t(), a.roll(1, 0), a.roll(1, 1), a * (a != a[a != 0][0]))}
+    assert len(found) == 5 and memory.digest(Csr.of(2 * a)) == memory.digest(Csr.of(a))

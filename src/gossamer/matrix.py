@@ -42,6 +42,9 @@ class SparseMatrix:
     device: where it lies; None: where `a` is.
     requires_grad: `values`, a leaf, gets a gradient in every product; then kernels that pack values are left out.
     reorder: may rows be put in another order inside (the result has A's own)? Takes some of the packing time.
+    measure: choose kernels by timing the promising ones when a width of B first comes up, instead of by prediction;
+        what was measured stays in the cache folder, and serves every SparseMatrix of this pattern on this GPU.
+    deterministic: two products of the same operands agree to the bit; leaves out some of cuSPARSE's algorithms.
 
     `A @ B`, `A.T @ B` for B [K, N] or [K]: the result has B's dtype, and is differentiable in B. B is used as it lies;
     a copy is made where its rows are not whole multiples of 16 bytes. The first product with a new width picks a kernel
@@ -58,6 +61,8 @@ class SparseMatrix:
         device: torch.device | str | None = None,
         requires_grad: bool = False,
         reorder: bool = True,
+        measure: bool = False,
+        deterministic: bool = True,
     ) -> None:
         if precision not in (None, *PRECISIONS):
             raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}; fix: choose one, or None")
@@ -69,7 +74,7 @@ class SparseMatrix:
         values = csr.values.detach()
         # A leaf of its own: `a` may be a matrix that lives on.
         self.values = values.clone().requires_grad_() if requires_grad else values
-        self.precision, self._reorder = precision, reorder
+        self.precision, self._reorder, self._measure, self._deterministic = precision, reorder, measure, deterministic
         self._sides: dict[bool, _Side] = {}
         self._csr = Csr(csr.shape, csr.pointers, csr.cols, self.values.detach())
         self._handle = ops_spmm.register(self)
@@ -131,12 +136,13 @@ class SparseMatrix:
     def _side(self, transposed: bool) -> _Side:
         if transposed not in self._sides:
             csr, place = self._csr.transposed() if transposed else (self._csr, None)
-            chooser = Chooser(csr, self.precision == "tf32", self._reorder, self.values.requires_grad)
+            tf32, changing = self.precision == "tf32", self.values.requires_grad
+            chooser = Chooser(csr, tf32, self._reorder, changing, self._measure, self._deterministic)
             self._sides[transposed] = _Side(chooser, place)
         return self._sides[transposed]
 
     def prepare(self, *widths: int, measure: bool = False, transposed: bool = False) -> SparseMatrix:
-        """Choose and pack for B of these numbers of columns now; `measure`: by timing the most promising here."""
+        """Choose and pack for B of these numbers of columns now; `measure`: by timing, or as timed here before."""
         for n in widths or BUCKETS[:1]:
             self._side(transposed).chooser.prepare(n, measure)
         return self
@@ -154,16 +160,23 @@ class SparseMatrix:
         if torch.device(device) == self.device:
             return self
         moved = Csr(self.shape, self._csr.pointers, self._csr.cols, self.values.detach())
-        grad = self.values.requires_grad
-        return SparseMatrix(moved, self.precision, device=device, requires_grad=grad, reorder=self._reorder)
+        return _rebuilt(moved, self.precision, self._settings(), device)
 
     def torch(self) -> Tensor:
         """As a torch.sparse_csr tensor of the same values."""
         return Csr(self.shape, self._csr.pointers, self._csr.cols, self.values).torch()
 
     def __reduce__(self) -> tuple:
-        parts = self.shape, self._csr.pointers, self._csr.cols, self.values.detach()
-        return _rebuilt, (parts, self.precision, self.values.requires_grad, self._reorder)
+        parts = Csr(self.shape, self._csr.pointers, self._csr.cols, self.values.detach())
+        return _rebuilt, (parts, self.precision, self._settings())
+
+    def _settings(self) -> dict[str, bool]:
+        return {
+            "requires_grad": self.values.requires_grad,
+            "reorder": self._reorder,
+            "measure": self._measure,
+            "deterministic": self._deterministic,
+        }
 
     def save(self, path: str | Path) -> None:
         """One safetensors file of the format `csr`; `SparseMatrix(path)` reads it."""
@@ -203,8 +216,10 @@ def spmm(a: Any, x: Tensor, precision: str | None = None) -> Tensor:
     return kept @ x
 
 
-def _rebuilt(parts: tuple, precision: str | None, requires_grad: bool, reorder: bool) -> SparseMatrix:
-    return SparseMatrix(Csr(*parts), precision, requires_grad=requires_grad, reorder=reorder)
+def _rebuilt(
+    parts: Csr, precision: str | None, settings: dict[str, bool], device: torch.device | str | None = None
+) -> SparseMatrix:
+    return SparseMatrix(parts, precision, device=device, **settings)
 
 
 def _read(a: Any) -> Csr:

@@ -55,8 +55,11 @@ class SpmmKernel(ABC):
 
     @classmethod
     @abstractmethod
-    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
-        """Every setting of the knobs that may be the fastest for some matrix; `tf32`: may it round float32 values?"""
+    def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
+        """Every setting of the knobs that may be the fastest for some matrix.
+
+        tf32: may it round float32 values? deterministic: must two runs agree to the bit?
+        """
 
     @classmethod
     @abstractmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 
@@ -9,10 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import reorder, timing
-from . import Csr, KernelError, Packed, Way, model, registry
+from ..cusparse import CusparseError
+from . import Csr, KernelError, Packed, Way, memory, model, registry
+from .kernels import cusparse
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
-MEASURED = 4  # ways that a measurement compares
+MEASURED = 4  # ways that a measurement compares, at least
+REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
+SECONDS = 0.005  # of timing per way
+SHOWN = 4
 
 
 def bucket(n: int) -> int:
@@ -23,11 +30,22 @@ class Chooser:
     """Chooses for one matrix, per width of B, and keeps what it packed.
 
     tf32: may float32 values be rounded? reordering: may rows be put in another order inside? changing: will values
-    differ from product to product? Then only kernels that read them where they lie are used.
+    differ from product to product? Then only kernels that read them where they lie are used. measuring: are ways timed
+    when a width first comes up that this machine has not timed yet, or does the prediction do? deterministic: must two
+    runs agree to the bit?
     """
 
-    def __init__(self, a: Csr, tf32: bool, reordering: bool, changing: bool) -> None:
-        self.a, self.tf32, self.reordering, self.changing = a, tf32, reordering, changing
+    def __init__(
+        self,
+        a: Csr,
+        tf32: bool,
+        reordering: bool,
+        changing: bool,
+        measuring: bool = False,
+        deterministic: bool = True,
+    ) -> None:
+        self.a, self.tf32, self.reordering, self.changing, self.measuring = a, tf32, reordering, changing, measuring
+        self.deterministic = deterministic
         self._ways: dict[int, Way] = {}
         self._times: dict[int, dict[Way, float]] = {}
         self._packed: dict[tuple[int, Way], Packed] = {}
@@ -44,7 +62,9 @@ class Chooser:
     @cached_property
     def stats(self) -> model.Stats:
         order = self._order if self._windows else None
-        return model.Stats.of(self.a, reorder.gathered(self.a, order) if self._windows and self.a.nnz else {})
+        gathered = reorder.gathered(self.a, order) if self._windows and self.a.nnz else {}
+        blocks = cusparse.blocks_across(self.a) if any("ell" in dict(w.knobs) for w in self.ways) else 0
+        return model.Stats.of(self.a, gathered, blocks)
 
     @cached_property
     def _windows(self) -> bool:
@@ -56,20 +76,24 @@ class Chooser:
         """All that may run here."""
         able = [registry[name] for name in registry.names()]
         able = [k for k in able if k.refuses(self.a) is None and (k.live or not self.changing)]
-        return [w for k in able for w in k.ways(self.a, self.tf32)]
+        return [w for k in able for w in k.ways(self.a, self.tf32, self.deterministic)]
 
     def predicted(self, n: int) -> dict[Way, float]:
-        """Microseconds, best first."""
-        found = {w: model.microseconds(w, self.stats, n, self.a.values.element_size()) for w in self.ways}
-        return dict(sorted(found.items(), key=lambda item: item[1]))
+        """Microseconds, the one to choose first."""
+        return model.ranked(self.ways, self.stats, n, self.a.values.element_size())
 
     def way(self, n: int) -> Way:
         at = bucket(n)
         if at not in self._ways:
             if not self.ways:
                 raise KernelError(f"nothing multiplies {self.a.dtype} on {self.a.device}; fix: use precision='fp32'")
-            self._ways[at] = next(iter(self.predicted(at))) if len(self.ways) > 1 else self.ways[0]
+            self._ways[at] = self._chosen(at)
         return self._ways[at]
+
+    def _chosen(self, n: int) -> Way:
+        if len(self.ways) == 1:
+            return self.ways[0]
+        return self._fastest(n) if self.measuring or self._recalled(n) else next(iter(self.predicted(n)))
 
     def packed(self, n: int, way: Way) -> Packed:
         key = bucket(n), way
@@ -90,22 +114,47 @@ class Chooser:
         return way.own.run(b, tensors, packed.meta)
 
     def prepare(self, n: int, measure: bool) -> None:
-        """Choose and pack for B of n columns; `measure`: time the most promising."""
-        if measure:
+        """Choose and pack for B of n columns; `measure`: by timing, or as timed here before."""
+        if (measure or self.measuring) and bucket(n) not in self._times and len(self.ways) > 1:
             self._ways[bucket(n)] = self._fastest(bucket(n))
         self.packed(n, self.way(n))
 
+    @cached_property
+    def _memory(self) -> memory.Memory:
+        return memory.Memory(self.a, self.tf32, self.reordering, self.changing)
+
+    def _recalled(self, n: int) -> dict[str, float] | None:
+        """What this machine has measured before, if that was enough."""
+        known = self._memory.recall(n)
+        return known if known and known.keys() >= {str(w) for w in self._promising(n)} else None
+
     def _fastest(self, n: int) -> Way:
-        b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
-        runners = {}
-        for way in list(self.predicted(n))[:MEASURED]:
-            packed = self.packed(n, way)
-            runners[str(way)] = way, [partial(way.own.run, b, packed.tensors, packed.meta)]
-        times = timing.race({name: calls for name, (_, calls) in runners.items()}, self.a.device)
-        self._times[n] = {way: times[name] for name, (way, _) in runners.items()}
-        best = min(self._times[n], key=self._times[n].__getitem__)
+        promising = self._promising(n)
+        known = self._recalled(n)
+        if known is None:
+            known = self._raced(n, promising)
+            self._memory.remember(n, known)
+        self._times[n] = {w: known[str(w)] for w in sorted(promising, key=lambda w: known[str(w)])}
+        best = next(iter(self._times[n]))
         self._packed = {key: p for key, p in self._packed.items() if key[0] != n or key[1] == best}
         return best
+
+    def _promising(self, n: int) -> list[Way]:
+        predicted = self.predicted(n)
+        limit = REACH * min(predicted.values())
+        return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
+
+    def _raced(self, n: int, ways: Sequence[Way]) -> dict[str, float]:
+        """Microseconds by the name of a way, infinite where the library refuses or memory does not suffice."""
+        b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
+        runners = {}
+        for way in ways:
+            with contextlib.suppress(CusparseError, torch.OutOfMemoryError):
+                packed = self.packed(n, way)
+                call = partial(way.own.run, b, packed.tensors, packed.meta)
+                call()
+                runners[str(way)] = [call]
+        return {str(w): math.inf for w in ways} | timing.race(runners, self.a.device, SECONDS)
 
     def explain(self, widths: Sequence[int]) -> str:
         lines = [str(self.stats)]
@@ -114,6 +163,6 @@ class Chooser:
         for n in widths:
             way, measured = self.way(n), self._times.get(bucket(n), {})
             times = measured or self.predicted(bucket(n))
-            said = ", ".join(f"{w} {us:.1f}" for w, us in list(times.items())[:MEASURED])
+            said = ", ".join(f"{w} {us:.1f}" for w, us in list(times.items())[:SHOWN])
             lines.append(f"N = {n}: {way}; {'measured' if measured else 'predicted'} us: {said}")
         return "\n".join(lines)

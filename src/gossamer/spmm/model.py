@@ -1,41 +1,28 @@
 """How long a way takes, predicted from what is counted in the pattern.
 
-A time is a sum of what moves and of what waits, each with a cost: rows of B gathered (at least a sector of 32 bytes
-each), A's bytes, C's bytes, tiles of C, and the longest chain of rounds that one warp goes through. The costs were
-fitted to the times of 25 matrices at 4 widths on an H100; docs/spmm.md says how well that goes.
+A time is a sum of amounts, each with a cost: what moves (rows of B, at least a sector of 32 bytes each; A; C) and what
+waits (launches, the longest chain of rounds that one warp goes through). `benchmarks/fit_spmm.py` fits the costs to
+measured times; docs/spmm.md says how well that goes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from . import Way
+from .costs import COSTS, Costs
 from .csr import Csr
-from .kernels.cuda_rows import UNROLL, WARP, longest_segment, shape_of
+from .kernels.cuda_rows import THREADS, Cut, shape_of
 from .kernels.cuda_windows import lane_columns
 
 SECTOR = 32  # bytes that the L2 cache hands out at least
+SHARED = 0.01  # density at which half of B's rows are found where another row left them
 MANY = 800  # tiles of C from which on no warp's chain is waited for
-# By (rows, masked, bytes of a number): us per launch, MB of B, of A and of C, 10^4 tiles, doubling of groups.
-WINDOWS = {
-    (8, False, 2): (2.087, 0.157, 0.136, 0.235, 3.521, 0.538),
-    (16, False, 2): (3.374, 0.149, 0.066, 0.331, 5.956, 0.415),
-    (32, False, 2): (3.268, 0.172, 0.140, 0.381, 16.289, 0.534),
-    (8, True, 2): (2.216, 0.167, 0.393, 0.0, 7.874, 0.707),
-    (8, False, 4): (1.813, 0.132, 0.159, 0.228, 4.955, 0.608),
-    (16, False, 4): (3.115, 0.115, 0.231, 0.294, 12.665, 0.350),
-    (32, False, 4): (4.338, 0.061, 0.362, 0.724, 5.850, 0.183),
-    (8, True, 4): (2.160, 0.149, 0.357, 0.0, 9.273, 0.702),
-}
-# By bytes of a number: us per launch, MB of B, of A and of C, round, for rows that are cut, per 10^6 lanes.
-ROWS = {
-    2: (2.714, 0.067, 0.093, 0.413, 0.350, 3.831, 4.601),
-    4: (2.115, 0.044, 0.367, 0.690, 0.345, 3.040, 1.493),
-}
-# By bytes of a number: us per launch, MB of A, 10^9 products (of 64 columns at least), MB of B and C, for few rows.
-DENSE = {2: (2.778, 0.254, 1.083, 0.373, 2.447), 4: (6.616, 0.0, 33.586, 1.005, 4.572)}
-VENDOR = 3.0  # torch's choice among cuSPARSE's algorithms against our rows, seldom better than this
+VENDOR = 4.0  # torch's choice among cuSPARSE's algorithms, against the one that fits rows of every kind
+LIBRARY = ("cusparse", "dense", "vendor")
+CAUTION = 1.1  # predictions err, and a doubtful win is worth less than a loss
 VENDOR_CPU = 10.0  # what an entry costs a sparse product on the CPU, against one of a dense product
 
 
@@ -43,7 +30,8 @@ VENDOR_CPU = 10.0  # what an entry costs a sparse product on the CPU, against on
 class Stats:
     """What the prediction knows of a matrix.
 
-    `filled`: rows that have entries; `gathered`: per height of a window (rows of B, groups of 16 of them).
+    `filled`: rows that have entries; `gathered`: per height of a window (rows of B, groups of 16 of them); `blocks`:
+    blocks that a row of blocks of Blocked-ELL has.
     """
 
     shape: tuple[int, int]
@@ -51,12 +39,14 @@ class Stats:
     longest: int
     filled: int
     gathered: dict[int, tuple[int, int]]
+    blocks: int = 0
     gpu: bool = True
 
     @classmethod
-    def of(cls, a: Csr, gathered: dict[int, tuple[int, int]]) -> Stats:
+    def of(cls, a: Csr, gathered: dict[int, tuple[int, int]], blocks: int = 0) -> Stats:
         longest = int(a.lengths.max()) if a.shape[0] else 0
-        return cls(a.shape, a.nnz, longest, int((a.lengths > 0).sum()), gathered, a.device.type == "cuda")
+        filled = int((a.lengths > 0).sum())
+        return cls(a.shape, a.nnz, longest, filled, gathered, blocks, a.device.type == "cuda")
 
     @property
     def mean(self) -> float:
@@ -70,42 +60,85 @@ class Stats:
         return f"{text}; rows of B fetched per entry, by height of a window: {shares}" if shares else text
 
 
-def microseconds(way: Way, stats: Stats, n: int, size: int) -> float:
-    """Predicted time of C = A B for B of n columns of numbers of `size` bytes."""
+def ranked(
+    ways: Iterable[Way], stats: Stats, n: int, size: int, costs: Costs | None = None, caution: float = CAUTION
+) -> dict[Way, float]:
+    """Predicted times, the one to choose first: of ours only where it should be ahead of the library by `caution`."""
+    found = {w: microseconds(w, stats, n, size, costs) for w in ways}
+    return dict(sorted(found.items(), key=lambda item: item[1] * (1 if item[0].kernel in LIBRARY else caution)))
+
+
+def microseconds(way: Way, stats: Stats, n: int, size: int, costs: Costs | None = None) -> float:
+    """Predicted time of C = A B for B of n columns of numbers of `size` bytes; `costs`: others than the fitted ones."""
     if not stats.gpu:
         return _on_cpu(way, stats, n)
-    knobs, size = dict(way.knobs), min(size, 4)
+    if way.kernel == "vendor":
+        return VENDOR * microseconds(Way("cusparse", (("alg", 3),)), stats, n, size, costs)
+    key, amounts = described(way, stats, n, min(size, 4))
+    return sum(c * a for c, a in zip((costs or COSTS)[key], amounts, strict=True))
+
+
+def described(way: Way, stats: Stats, n: int, size: int) -> tuple[Hashable, tuple[float, ...]]:
+    """Under which key of COSTS a way is found, and what it is charged for."""
+    knobs = dict(way.knobs)
     if way.kernel == "cuda_windows":
-        return _windows(stats, n, size, knobs["rows"], knobs["masked"])
+        return (way.kernel, knobs["rows"], knobs["masked"], size), _windows(stats, n, size, **knobs)
     if way.kernel == "cuda_rows":
-        return _rows(stats, n, size)
-    return _dense(stats, n, size) if way.kernel == "dense" else VENDOR * _rows(stats, n, size)
+        return (way.kernel, knobs["unroll"], knobs["team"], size), _rows(stats, n, size, **knobs)
+    if way.kernel == "dense":
+        return (way.kernel, knobs.get("tf32", False), size), _dense(stats, n, size)
+    if "ell" in knobs:
+        return (way.kernel, "ell", size), _ell(stats, n, size, knobs["ell"])
+    return (way.kernel, knobs["alg"], size), _csr(stats, n, size)
 
 
-def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> float:
+def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[float, ...]:
+    """Launch, MB of B, of A, of C, 10^4 tiles, doublings of the groups that follow each other."""
     vectors, groups = stats.gathered.get(rows, (0, 0))
     tiles = -(-n // (8 * lane_columns(n, 2 if size == 4 else 0, rows)))
     windows = -(-stats.shape[0] // rows)
     packed = groups * 20 + stats.nnz * size if masked else groups * rows * 16 * size
     chain = math.log2(1 + groups / max(1, windows) / 2) / (1 + windows * tiles / MANY)
-    amounts = 1, vectors * max(n * size, SECTOR) / 1e6, (groups * 64 + packed) * tiles / 1e6
-    return _sum(WINDOWS[rows, masked, size], (*amounts, _result(stats, n, size), windows * tiles / 1e4, chain))
+    moved = vectors * max(n * size, SECTOR) / 1e6, (groups * 64 + packed) * tiles / 1e6, _result(stats, n, size)
+    return 1, *moved, windows * tiles / 1e4, chain
 
 
-def _rows(stats: Stats, n: int, size: int) -> float:
-    team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean)
-    tiles = -(-n * size // (16 * team * loads))
-    limit = longest_segment(stats.nnz, team, tiles, None)
-    chain = min(stats.longest, limit) * team / (UNROLL * WARP)
-    amounts = 1, stats.nnz * max(n * size, SECTOR) / 1e6, stats.nnz * (size + 4) * tiles / 1e6
-    lanes = stats.shape[0] * tiles * team * par / 1e6
-    return _sum(ROWS[size], (*amounts, _result(stats, n, size), chain, float(stats.longest > limit), lanes))
+def _rows(stats: Stats, n: int, size: int, unroll: int, team: int) -> tuple[float, ...]:
+    """Launch, MB of B far and near, of A, of C, rounds of the longest chain, a launch for cut rows, 10^6 lanes."""
+    lanes, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean, team)
+    tiles = -(-n * size // (16 * lanes * loads))
+    cut = Cut.of(n, size, stats.mean, stats.nnz, unroll, team, None)
+    alone = min(stats.longest, cut.whole) / (unroll // loads * par)
+    whole = min(stats.longest, cut.limit) / (unroll // loads * THREADS // lanes) if stats.longest > cut.whole else 0
+    moved = *_gathered(stats, n, size), stats.nnz * (size + 4) * tiles / 1e6, _result(stats, n, size)
+    return 1, *moved, max(alone, whole), float(stats.longest > cut.limit), stats.shape[0] * tiles * lanes * par / 1e6
 
 
-def _dense(stats: Stats, n: int, size: int) -> float:
+def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
+    """Launch, MB of B far and near, and as it lies, of A, of C, doublings of the longest row, 10^6 rows."""
+    moved = *_gathered(stats, n, size), stats.shape[1] * n * size / 1e6
+    rest = stats.nnz * (size + 4) / 1e6, _result(stats, n, size)
+    return 1, *moved, *rest, math.log2(1 + stats.longest), stats.shape[0] / 1e6
+
+
+def _gathered(stats: Stats, n: int, size: int) -> tuple[float, float]:
+    """MB of B's rows fetched one by one, from the L2 cache and from L1, where dense rows find what others had."""
+    moved = stats.nnz * max(n * size, SECTOR) / 1e6
+    density = stats.nnz / max(1, stats.filled * stats.shape[1])
+    near = density / (density + SHARED)
+    return moved * (1 - near), moved * near
+
+
+def _ell(stats: Stats, n: int, size: int, block: int) -> tuple[float, ...]:
+    """Launch, MB of A, 10^9 products."""
+    stored = -(-stats.shape[0] // block) * stats.blocks * block * block
+    return 1, stored * size / 1e6, stored * n / 1e9
+
+
+def _dense(stats: Stats, n: int, size: int) -> tuple[float, ...]:
+    """Launch, MB of A, 10^9 products of 64 columns at least, MB of B and C, 10^3 columns that follow each other."""
     m, k = stats.shape
-    few = float(m < 4096 and k > 1024)
-    return _sum(DENSE[size], (1, m * k * size / 1e6, m * k * max(n, 64) / 1e9, (m + k) * n * size / 1e6, few))
+    return 1, m * k * size / 1e6, m * k * max(n, 64) / 1e9, (m + k) * n * size / 1e6, k / 1e3
 
 
 def _on_cpu(way: Way, stats: Stats, n: int) -> float:
@@ -115,7 +148,3 @@ def _on_cpu(way: Way, stats: Stats, n: int) -> float:
 
 def _result(stats: Stats, n: int, size: int) -> float:
     return stats.shape[0] * n * size / 1e6
-
-
-def _sum(costs: tuple[float, ...], amounts: tuple[float, ...]) -> float:
-    return sum(c * a for c, a in zip(costs, amounts, strict=True))

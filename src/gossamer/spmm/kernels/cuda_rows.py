@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,24 +14,26 @@ from .. import KIND, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 
 THREADS, WARP = 128, 32
-UNROLL = 4  # entries of a team in flight
-LONG = 4  # rounds of entries after which a segment is long
-SHORTEST = 8  # rounds of a whole warp in the shortest segment of a row that is cut
-WARPS_PER_SM = 16  # that should have a segment
+# Entries of a team in flight, lanes of a team at most: narrow teams find more of B's rows in a multiprocessor's cache.
+KNOBS = ((4, 32), (8, 32), (8, 8))
+LONG = 4  # rounds of entries after which a segment may get a block of its own
+SHORTEST = 4  # rounds of a block in the shortest segment of a row that is cut
+WARPS_PER_SM = 48  # that should have a segment
 
 
 @cache
-def function(kind: int, team: int, par: int, loads: int, entry: str = "spmm_rows") -> nvrtc.Function:
+def function(kind: int, team: int, par: int, loads: int, unroll: int, entry: str = "spmm_rows") -> nvrtc.Function:
     args = {"spmm_rows": "PPPPPPiiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
-    return nvrtc.Function("spmm_rows.cuh", entry, args, {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads})
+    macros = {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads, "UNROLL": unroll}
+    return nvrtc.Function("spmm_rows.cuh", entry, args, macros)
 
 
 VARIANTS = (
-    function(0, 1, 8, 1),
-    function(1, 32, 1, 2),
-    function(2, 8, 4, 1),
-    function(0, 1, 1, 1, "spmm_rows_sum"),
-    function(2, 8, 1, 1, "sddmm"),
+    function(0, 1, 8, 1, 4),
+    function(1, 32, 1, 2, 2),
+    function(2, 8, 4, 1, 8),
+    function(0, 1, 1, 1, 1, "spmm_rows_sum"),
+    function(2, 8, 1, 1, 1, "sddmm"),
 )
 
 
@@ -46,13 +48,14 @@ class CudaRows(SpmmKernel):
         return nvrtc.refusal(a.device) or (None if a.dtype in KIND else "float32, float16 or bfloat16 values")
 
     @classmethod
-    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
-        return [Way(cls.name)]
+    def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
+        return [Way(cls.name, (("unroll", unroll), ("team", team))) for unroll, team in KNOBS]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
         mean = a.nnz / max(1, int((a.lengths > 0).sum()))
-        return cls._cut(Packed((a.pointers, a.cols, a.values), {"shape": list(a.shape), "mean": mean}), n)
+        meta = {"shape": list(a.shape), "mean": mean} | dict(zip(("unroll", "team"), KNOBS[0], strict=True)) | knobs
+        return cls._cut(Packed((a.pointers, a.cols, a.values), meta), n)
 
     @classmethod
     def refit(cls, packed: Packed, n: int) -> Packed:
@@ -61,32 +64,30 @@ class CudaRows(SpmmKernel):
     @classmethod
     def _cut(cls, packed: Packed, n: int) -> Packed:
         pointers, _, values = packed.tensors
-        size, mean = values.element_size(), packed.meta["mean"]
-        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean)
-        tiles = -(-n * size // (16 * team * loads))
-        segments, longs, slots = cut_rows(pointers, longest_segment(len(values), team, tiles, values.device))
-        wide = int((segments[:, 2] - segments[:, 1] >= LONG * UNROLL * par).sum()) if par * team < WARP else 0
-        meta = {"shape": packed.meta["shape"], "mean": mean, "slots": slots, "wide": wide}
-        return Packed((segments, longs, *packed.tensors), meta)
+        knobs = packed.meta["unroll"], packed.meta["team"]
+        cut = Cut.of(n, values.element_size(), packed.meta["mean"], len(values), *knobs, values.device)
+        segments, longs, slots = cut_rows(pointers, cut.limit)
+        wide = int((segments[:, 2] - segments[:, 1] > cut.whole).sum())
+        return Packed((segments, longs, *packed.tensors), packed.meta | {"slots": slots, "wide": wide})
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
         segments, longs, _, cols, values = packed
         kind, n = KIND[b.dtype], b.shape[1]
         b, width = padded(b)
-        team, par, loads = shape_of(width, b.element_size(), meta["mean"])
+        team, par, loads = shape_of(width, b.element_size(), meta["mean"], meta["team"])
         c = b.new_empty(meta["shape"][0], width)
         partial = torch.empty(meta["slots"], width, device=b.device)
-        lanes = WARP * meta["wide"] + team * par * (len(segments) - meta["wide"])
-        grid = -(-lanes // THREADS), -(-width // (team * loads * 16 // b.element_size())), 1
+        blocks = meta["wide"] + -(-team * par * (len(segments) - meta["wide"]) // THREADS)
+        grid = blocks, -(-width // (team * loads * 16 // b.element_size())), 1
         tensors = segments, cols, values, b, c, partial
         if len(segments) and width:
-            kernel = function(kind, team, par, loads)
+            kernel = function(kind, team, par, loads, meta["unroll"] // loads)
             sizes = len(segments), meta["wide"], width, b.stride(0)
             kernel.launch(grid, (THREADS, 1, 1), *tensors, *sizes)
         if meta["slots"] and width:
             grid = len(longs), -(-width // THREADS), 1
-            function(kind, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
+            function(kind, 1, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
         return columns_of(c, n)
 
     @classmethod
@@ -94,19 +95,29 @@ class CudaRows(SpmmKernel):
         return *packed[:4], values
 
 
-def shape_of(width: int, size: int, mean: float) -> tuple[int, int, int]:
+def shape_of(width: int, size: int, mean: float, most: int) -> tuple[int, int, int]:
     """Lanes per entry, entries at a time, loads per lane, for rows of B of `width` numbers of `size` bytes."""
     vectors = width * size // 16
-    team = min(32, 1 << max(0, vectors - 1).bit_length())
-    loads = 2 if vectors > 32 else 1
+    team = min(most, 1 << max(0, vectors - 1).bit_length())
+    loads = 2 if team == WARP and vectors > WARP else 1
     par = next(p for p in (32, 16, 8, 4, 2, 1) if p <= 32 // team and (p == 1 or 2 * p <= mean))
     return team, par, loads
 
 
-def longest_segment(nnz: int, team: int, tiles: int, device: torch.device | None) -> int:
-    """Entries beyond which a row is cut: a few rounds of a whole warp, or twice the share of a warp if that is more."""
-    share = 2 * nnz * tiles / (WARPS_PER_SM * processors(device))
-    return max(SHORTEST * UNROLL * WARP // team, round(share))
+class Cut(NamedTuple):
+    """A row of more than `limit` entries is cut, a segment of more than `whole` gets a block of its own."""
+
+    limit: int
+    whole: int
+
+    @classmethod
+    def of(cls, n: int, size: int, mean: float, nnz: int, unroll: int, most: int, device: torch.device | None) -> Cut:
+        """No chain of rounds should last longer than a fair share of all, or than a few rounds if that is more."""
+        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean, most)
+        tiles = -(-n * size // (16 * team * loads))
+        rounds = nnz * tiles * team / (WARP * unroll // loads * WARPS_PER_SM * processors(device))
+        step = unroll // loads * THREADS // team
+        return cls(round(max(SHORTEST, rounds) * step), round(max(LONG, rounds) * unroll // loads * par))
 
 
 def cut_rows(pointers: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:

@@ -55,7 +55,7 @@ class CudaWindows(SpmmKernel):
         return nvrtc.refusal(a.device) or (None if a.dtype in KIND else "float32, float16 or bfloat16 values")
 
     @classmethod
-    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
+    def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
         if a.dtype == torch.float32 and not tf32:
             return []
         heights = [Way(cls.name, (("rows", r), ("masked", False))) for r in ROWS]

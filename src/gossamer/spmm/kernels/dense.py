@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -26,15 +27,29 @@ class Dense(SpmmKernel):
         return None
 
     @classmethod
-    def ways(cls, a: Csr, tf32: bool) -> list[Way]:
-        return [Way(cls.name)] if a.nnz >= LEAST_DENSITY * a.shape[0] * a.shape[1] else []
+    def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
+        knobs = (("tf32", True),) if tf32 else ()
+        return [Way(cls.name, knobs)] if a.nnz >= LEAST_DENSITY * a.shape[0] * a.shape[1] else []
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
         dense = torch.zeros(a.shape, dtype=a.dtype, device=a.device)
         dense[a.rows, a.cols.long()] = a.values
-        return Packed((dense,), {})
+        return Packed((dense,), {"tf32": knobs.get("tf32", False)})
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
-        return packed[0] @ b
+        with _tf32() if meta["tf32"] else nullcontext():
+            return packed[0] @ b
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Float32 products may be rounded within."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,125 @@
+"""The figures of bench_spmm.py's newest lines, and what the model would choose among their candidates."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from gossamer.spmm import Way, model
+from gossamer.spmm.costs import Costs
+from results import append, environment
+
+RESULTS = Path(__file__).parent / "results" / "spmm.jsonl"
+WIDTHS = (8, 32, 128, 512)
+PRECISIONS = {"fp16": (torch.float16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+MUST = {"fp16": {8: 1.9, 32: 1.8, 128: 2.0, 512: 2.1}, "tf32": dict.fromkeys(WIDTHS, 1.2)}
+SPECIAL = (
+    ("band512_vs_bsr", "band512_16k", 3.0, ("bsr",)),
+    ("band512_vs_blocked_ell", "band512_16k", 1.0, ("ell",)),
+    ("shuffled_blocks_vs_cusparse", "blockdiag64_shuffled", 3.0, ("cusparse",)),
+)
+
+
+def newest() -> list[dict]:
+    """The last line of each case, of those that know what was measured."""
+    lines = [json.loads(x) for x in RESULTS.read_text().splitlines()]
+    return list({json.dumps(x["case"]): x for x in lines if "measured_free" in x}.values())
+
+
+def stats_of(line: dict) -> model.Stats:
+    shape, nnz, longest, filled, gathered, blocks = line["stats"]
+    return model.Stats(tuple(shape), nnz, longest, filled, {int(h): tuple(g) for h, g in gathered.items()}, blocks)
+
+
+def size_of(line: dict) -> int:
+    return 2 if line["case"]["precision"] == "fp16" else 4
+
+
+def rechosen(line: dict, costs: Costs | None = None, caution: float = model.CAUTION) -> str:
+    """What the model chooses today among the candidates of a line."""
+    ways = map(way_of, allowed(line))
+    return str(next(iter(model.ranked(ways, stats_of(line), line["case"]["N"], size_of(line), costs, caution))))
+
+
+def allowed(line: dict) -> dict[str, float]:
+    """Microseconds of the candidates that repeat themselves to the bit."""
+    return {k: v for k, v in line["candidates"].items() if k not in line["left_out"]}
+
+
+def way_of(text: str) -> Way:
+    """The inverse of str(way)."""
+    kernel, _, knobs = text.removesuffix("]").partition("[")
+    pairs = [x.partition("=") for x in knobs.split(",") if x]
+    found = {k: int(v) if v else True for k, _, v in pairs}
+    if kernel == "cuda_windows":
+        found.setdefault("masked", False)
+    return Way(kernel, tuple(found.items()))
+
+
+def geomean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def summarise() -> None:
+    """Figures by what the model chooses today ("predicted") and by what measuring chose."""
+    lines = newest()
+    took = {
+        id(x): {
+            "predicted": x["candidates"][rechosen(x)],
+            "measured": x["candidates"][x["measured"]],
+            "measured_free": x["candidates"][x["measured_free"]],
+            "best": min(allowed(x).values()),
+        }
+        for x in lines
+    }
+    for precision, n, choice in itertools.product(PRECISIONS, WIDTHS, ("predicted", "measured", "measured_free")):
+        own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n]
+        if not own:
+            continue
+        sums = {"geomean_vs_cusparse": geomean([x["baseline_value"] / took[id(x)][choice] for x in own])}
+        if precision == "fp16":
+            like = [min(v for k, v in x["baselines"].items() if "fp16_alg" in k) / took[id(x)][choice] for x in own]
+            sums["geomean_vs_cusparse_fp16"] = geomean(like)
+        ratios = {x["case"]["matrix"]: best_other(x) / took[id(x)][choice] for x in own}
+        sums["worst_vs_best_of_cusparse_dense"] = min(ratios.values())
+        for name, value in sums.items():
+            must = 0.95 if name.startswith("worst") else MUST.get(precision, {}).get(n)
+            must = None if name.endswith("fp16") else must
+            write(name, {"N": n, "precision": precision, "choice": choice}, value, must, len(own))
+        low = {k: round(v, 2) for k, v in sorted(ratios.items(), key=lambda i: i[1]) if v < 0.95}
+        print(precision, n, choice, {k: round(v, 2) for k, v in sums.items()}, "below:", low)
+    special(lines, took)
+    within = [t["predicted"] <= 1.15 * t["best"] for t in took.values()]
+    write("choice_within_15pct", {}, sum(within) / len(within), 0.85, len(within))
+    print("choice within 15 %:", sum(within) / len(within), "of", len(within))
+
+
+def special(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
+    """Single matrices that have a bar of their own, in 16 bits."""
+    for line, (name, matrix, must, labels) in itertools.product(lines, SPECIAL):
+        case = line["case"]
+        if case["matrix"] != matrix or case["precision"] != "fp16":
+            continue
+        other = min(v for k, v in line["baselines"].items() if any(label in k for label in labels))
+        for choice in ("predicted", "measured"):
+            value = other / took[id(line)][choice]
+            write(name, {"N": case["N"], "choice": choice}, value, must if case["N"] == 512 else None, 1)
+            print(name, case["N"], choice, round(value, 2))
+
+
+def best_other(line: dict) -> float:
+    """The best of cuSPARSE, of any format and no higher precision than asked for, and of dense."""
+    precision = line["case"]["precision"]
+    able = [v for k, v in line["baselines"].items() if precision == "fp16" or "fp32" in k]
+    return min([*able, *(v for k, v in line["candidates"].items() if k.startswith("dense"))])
+
+
+def write(name: str, case: dict, value: float, must: float | None, n: int) -> None:
+    """A summary line; its machine is that of the lines that it sums."""
+    kept = {k: environment()[k] for k in ("commit", "date")} | {"machine": newest()[-1]["machine"]}
+    line = {"bench": "spmm", "summary": name, "case": case, "value": round(value, 3), "sense": ">=", "must": must}
+    append(RESULTS, line | {"unit": "", "n": n} | kept)
