@@ -142,6 +142,8 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
                 static_cast<Float>(bias_type),
                 reinterpret_cast<void*>(y),
                 input.type};
+  __builtin_prefetch(job.offsets + rows);  // the work is cut by what stands there
+  __builtin_prefetch(job.offsets + rows / 2);
 #ifdef GOSSAMER_X86
   if (on_amx(input, static_cast<Float>(type))) return bitmask_on_amx(job, input, threads);
 #endif

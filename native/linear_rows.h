@@ -110,6 +110,11 @@ struct BitmaskSource {
   }
 
   GOSSAMER_INLINE void tail(int64_t cols, Vec* w) { expand(bits_of_tail(mask, cols), w); }
+
+  void first_lines() const {
+    for (int b = 0; b < near_bytes / 8; b += line_bytes) __builtin_prefetch(mask + b);
+    for (int b = 0; b < near_bytes; b += line_bytes) __builtin_prefetch(reinterpret_cast<const char*>(values) + b);
+  }
 };
 
 template <class T>
@@ -122,6 +127,8 @@ struct DenseSource {
   DenseSource(const LinearJob& job, int64_t row) : weights(static_cast<const T*>(job.values) + row * job.cols) {}
 
   static int64_t row_bytes(const LinearJob& job) { return job.cols * int64_t{sizeof(T)}; }
+
+  void first_lines() const {}  // one stream, which the hardware's own prefetcher catches at once
 
   GOSSAMER_INLINE void next(Vec* w, const Ahead& ahead) {
     prefetch<step_cols * sizeof(T) / line_bytes>(weights, ahead);
@@ -268,6 +275,8 @@ int64_t rows_side_by_side(const LinearJob& job, int64_t begin, int64_t end) {
 
 template <class Source, int tokens>
 void rows_at_once(const LinearJob& job, int64_t begin, int64_t end) {
+  // What lies nearer than what is fetched ahead.
+  if (begin < end) Source(job, begin).first_lines();
   constexpr int n = rows_together<Source, tokens>, half = n > 1 ? n / 2 : 1;
   const bool sparse = static_cast<double>(Source::row_bytes(job)) <
                       sparse_below * static_cast<double>(job.cols) * Source::weight_bytes;
