@@ -145,10 +145,10 @@ struct DenseSource {
   }
 };
 
-// Enough independent sums to hide the latency of an FMA, as few as the registers allow. Sparse rows go together, and
-// adding up what is many costs as much as a step.
+// Enough independent sums to hide the latency of an FMA, as few as the registers allow. Rows that go together hide it
+// for one another, and adding up many sums costs as much as a step.
 template <class Source, int tokens>
-constexpr int sums = tokens < 4 && Source::dense ? 4 : tokens < 8 ? 2 : 1;
+constexpr int sums = tokens < 4 && (Source::dense || most_rows == 1) ? 4 : tokens < 8 ? 2 : 1;
 
 template <class Source, int tokens>
 struct Sums {
