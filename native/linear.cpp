@@ -101,6 +101,28 @@ int64_t first_row(const int64_t* offsets, int64_t rows, int64_t row_cost, int64_
   return low;
 }
 
+#ifdef GOSSAMER_X86
+bool on_amx(const X& x, Float weights) {
+  return weights == Float::bf16 && x.type == Float::bf16 && x.tokens >= amx_tokens && x.cols > 0 &&
+         isa::active() == isa::Isa::avx512 && amx_usable();
+}
+
+// `job` comes without its x. The work is cut where tiles of rows end, so that none is half empty.
+void bitmask_on_amx(LinearJob job, const X& x, int threads) {
+  const int64_t padded = (x.cols + step_cols - 1) / step_cols * step_cols;
+  float* prepared = scratch(static_cast<size_t>(padded * x.tokens / 2));
+  amx_prepare(reinterpret_cast<const void*>(x.data), x.row_stride_bytes, x.cols, x.tokens, prepared);
+  job.x = prepared;
+  const int64_t row_cost = x.cols / 2;  // its mask, and what an expansion takes whatever the density
+  const int64_t parts = parts_for(2 * job.offsets[job.rows] + job.rows * row_cost, threads);
+  const auto cut = [&](int64_t i) {
+    const int64_t row = first_row(job.offsets, job.rows, row_cost, 2, i, parts);
+    return i == parts ? row : row / amx_rows * amx_rows;
+  };
+  parallel_parts(parts, [&](int64_t i) { amx_bitmask(job, cut(i), cut(i + 1)); });
+}
+#endif
+
 }  // namespace
 
 void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols,
@@ -109,17 +131,23 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
   check_tokens(tokens);
   const LinearRows& isa = kernels();
   const X input{x, static_cast<Float>(x_type), x_row_stride_bytes, tokens, cols};
-  const LinearJob job{reinterpret_cast<const uint8_t*>(mask),
-                      reinterpret_cast<const void*>(values),
-                      reinterpret_cast<const int64_t*>(offsets),
-                      rows,
-                      cols,
-                      prepared(input, isa.prepare[type]),
-                      tokens,
-                      reinterpret_cast<const void*>(bias),
-                      static_cast<Float>(bias_type),
-                      reinterpret_cast<void*>(y),
-                      input.type};
+  LinearJob job{reinterpret_cast<const uint8_t*>(mask),
+                reinterpret_cast<const void*>(values),
+                reinterpret_cast<const int64_t*>(offsets),
+                rows,
+                cols,
+                nullptr,
+                tokens,
+                reinterpret_cast<const void*>(bias),
+                static_cast<Float>(bias_type),
+                reinterpret_cast<void*>(y),
+                input.type};
+  __builtin_prefetch(job.offsets + rows);  // the work is cut by what stands there
+  __builtin_prefetch(job.offsets + rows / 2);
+#ifdef GOSSAMER_X86
+  if (on_amx(input, static_cast<Float>(type))) return bitmask_on_amx(job, input, threads);
+#endif
+  job.x = prepared(input, isa.prepare[type]);
   const int64_t value_cost = bytes_of(static_cast<Float>(type));
   // A row also costs its mask and the arithmetic on its zeros, which grows with the tokens.
   const int64_t row_cost = (cols + 7) / 8 * (2 + tokens);

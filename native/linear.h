@@ -43,7 +43,16 @@ extern const LinearRows linear_scalar;
 #ifdef GOSSAMER_X86
 extern const LinearRows linear_avx2;
 extern const LinearRows linear_avx512;
+
+// The same where the CPU has AMX, of bfloat16 weights by bfloat16 x with y in bfloat16. x is
+// [padded cols / 2][tokens][2] bfloat16, in the order that amx_prepare leaves it in. Call amx_usable() before.
+bool amx_usable();
+void amx_prepare(const void* x, int64_t row_stride_bytes, int64_t cols, int64_t tokens, void* out);
+void amx_bitmask(const LinearJob& job, int64_t begin, int64_t end);
 #endif
+
+constexpr int64_t amx_tokens = 3;  // from so many tokens on AMX is faster
+constexpr int64_t amx_rows = 16;   // that it takes at a time
 
 // Pointers come from Python as integers, types as Float. x [tokens <= 16, cols] with a row stride in bytes.
 void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols,

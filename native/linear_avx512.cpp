@@ -16,6 +16,18 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
 
+// Halves of two registers are folded at once, in the order of _mm512_reduce_add_ps.
+inline void sum(Vec a, Vec b, Vec c, Vec d, float* to) {
+  const auto fold = [](Vec x, Vec y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  };
+  const Vec ab = fold(a, b), cd = fold(c, d);
+  const Vec abcd = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const Vec pairs = _mm512_add_ps(abcd, _mm512_permute_ps(abcd, 0x4e));
+  const Vec all = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
+}
+
 inline uint32_t first(int64_t n) { return n <= 0 ? 0 : ~uint32_t{0} >> (n >= 32 ? 0 : 32 - n); }
 
 template <class T>

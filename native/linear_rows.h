@@ -2,6 +2,7 @@
 //   Vec                                          // a register of float32
 //   constexpr int lanes, group, most_rows;       // float32 in a Vec; tokens a pass; rows worked off together
 //   Vec zero(); Vec load(const float*); Vec fma(Vec a, Vec b, Vec c); float sum(Vec);
+//   void sum(Vec, Vec, Vec, Vec, float* to);     // of four, each to the bit as if alone; where most_rows is 4
 //   template <class T> struct Block {            // T = uint32_t (float32), uint16_t (bfloat16)
 //     using Raw;                                 // weights as they are stored
 //     static constexpr int cols, vecs;           // columns a Raw holds, and the Vecs they widen to
@@ -29,7 +30,7 @@ namespace {
 
 // How far ahead of their use weights are fetched, first towards the second-level cache, then into the first: DRAM
 // latency times the bandwidth of one core, and some. The hardware's own prefetcher stops at every 4 KiB.
-constexpr int far_bytes = 4096, near_bytes = 1024;
+constexpr int far_bytes = 4096, near_bytes = 2048;
 constexpr int line_bytes = 64;
 
 // The same in bytes of a row's weights and mask. Rows that go together are read side by side, so what comes next lies a
@@ -109,6 +110,11 @@ struct BitmaskSource {
   }
 
   GOSSAMER_INLINE void tail(int64_t cols, Vec* w) { expand(bits_of_tail(mask, cols), w); }
+
+  void first_lines() const {
+    for (int b = 0; b < near_bytes / 8; b += line_bytes) __builtin_prefetch(mask + b);
+    for (int b = 0; b < near_bytes; b += line_bytes) __builtin_prefetch(reinterpret_cast<const char*>(values) + b);
+  }
 };
 
 template <class T>
@@ -121,6 +127,8 @@ struct DenseSource {
   DenseSource(const LinearJob& job, int64_t row) : weights(static_cast<const T*>(job.values) + row * job.cols) {}
 
   static int64_t row_bytes(const LinearJob& job) { return job.cols * int64_t{sizeof(T)}; }
+
+  void first_lines() const {}  // one stream, which the hardware's own prefetcher catches at once
 
   GOSSAMER_INLINE void next(Vec* w, const Ahead& ahead) {
     prefetch<step_cols * sizeof(T) / line_bytes>(weights, ahead);
@@ -137,19 +145,21 @@ struct DenseSource {
   }
 };
 
-// Enough independent sums to hide the latency of an FMA, as few as the registers allow.
-template <int tokens>
-constexpr int sums = tokens < 4 ? 4 : tokens < 8 ? 2 : 1;
+// Enough independent sums to hide the latency of an FMA, as few as the registers allow. Rows that go together hide it
+// for one another, and adding up many sums costs as much as a step.
+template <class Source, int tokens>
+constexpr int sums = tokens < 4 && (Source::dense || most_rows == 1) ? 4 : tokens < 8 ? 2 : 1;
 
-template <int tokens>
+template <class Source, int tokens>
 struct Sums {
-  Vec of[tokens][sums<tokens>];
+  static constexpr int many = sums<Source, tokens>;
+  Vec of[tokens][many];
 
   GOSSAMER_INLINE void clear() {
     GOSSAMER_UNROLL
     for (int t = 0; t < tokens; ++t)
       GOSSAMER_UNROLL
-      for (int i = 0; i < sums<tokens>; ++i) of[t][i] = zero();
+      for (int i = 0; i < many; ++i) of[t][i] = zero();
   }
 
   GOSSAMER_INLINE void add_step(const Vec* w, const float* x) {
@@ -157,20 +167,20 @@ struct Sums {
     for (int i = 0; i < step_vecs; ++i)
       GOSSAMER_UNROLL
       for (int t = 0; t < tokens; ++t)
-        of[t][i % sums<tokens>] = fma(w[i], load(x + t * step_cols + i * lanes), of[t][i % sums<tokens>]);
+        of[t][i % many] = fma(w[i], load(x + t * step_cols + i * lanes), of[t][i % many]);
   }
 
-  GOSSAMER_INLINE float of_token(int t) const {
+  GOSSAMER_INLINE Vec of_token(int t) const {
     Vec all = of[t][0];
     GOSSAMER_UNROLL
-    for (int i = 1; i < sums<tokens>; ++i) all = add(all, of[t][i]);
-    return sum(all);
+    for (int i = 1; i < many; ++i) all = add(all, of[t][i]);
+    return all;
   }
 };
 
 // The next `cols` columns of n rows; only the last ones of a row may be no whole step.
 template <int n, class Source, int tokens>
-GOSSAMER_INLINE void add_cols(Source* sources, Sums<tokens>* all, const float* x, int64_t x_step, int64_t cols,
+GOSSAMER_INLINE void add_cols(Source* sources, Sums<Source, tokens>* all, const float* x, int64_t x_step, int64_t cols,
                               const Ahead& ahead) {
   Vec w[step_vecs];
   for (; cols >= step_cols; cols -= step_cols, x += x_step)
@@ -187,12 +197,17 @@ GOSSAMER_INLINE void add_cols(Source* sources, Sums<tokens>* all, const float* x
     }
 }
 
+inline float widened(float value) { return value; }
+
+inline float widened(uint16_t value) {
+  const uint32_t bits = uint32_t{value} << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
 inline float to_float(const void* from, Float type, int64_t i) {
-  if (type == Float::f32) return static_cast<const float*>(from)[i];
-  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(from)[i]} << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return type == Float::f32 ? static_cast<const float*>(from)[i] : widened(static_cast<const uint16_t*>(from)[i]);
 }
 
 // To the nearest, ties to even; a NaN stays one.
@@ -212,10 +227,18 @@ inline void finish(const LinearJob& job, int64_t row, int token, float value) {
     static_cast<uint16_t*>(job.y)[at] = to_bf16(value);
 }
 
-template <int tokens>
-GOSSAMER_INLINE void finish_row(const LinearJob& job, int64_t row, const Sums<tokens>& sums_of_row) {
+template <int n, class Source, int tokens>
+GOSSAMER_INLINE void finish_rows(const LinearJob& job, int64_t row, const Sums<Source, tokens>* of_rows) {
   GOSSAMER_UNROLL
-  for (int t = 0; t < tokens; ++t) finish(job, row, t, sums_of_row.of_token(t));
+  for (int t = 0; t < tokens; ++t) {
+    float totals[n];
+    if constexpr (n == 4) {
+      sum(of_rows[0].of_token(t), of_rows[1].of_token(t), of_rows[2].of_token(t), of_rows[3].of_token(t), totals);
+    } else {
+      for (int r = 0; r < n; ++r) totals[r] = sum(of_rows[r].of_token(t));
+    }
+    for (int r = 0; r < n; ++r) finish(job, row + r, t, totals[r]);
+  }
 }
 
 template <int tokens>
@@ -224,15 +247,14 @@ constexpr int64_t chunk_cols = x_bytes_at_once / (tokens * int64_t{sizeof(float)
 template <class Source, int tokens, int n>
 GOSSAMER_INLINE void whole_rows(const LinearJob& job, int64_t row, const Ahead& ahead) {
   Source sources[n];
-  Sums<tokens> all[n];
+  Sums<Source, tokens> all[n];
   GOSSAMER_UNROLL
   for (int r = 0; r < n; ++r) {
     sources[r] = Source(job, row + r);
     all[r].clear();
   }
   add_cols<n>(sources, all, job.x, job.tokens * step_cols, job.cols, ahead);
-  GOSSAMER_UNROLL
-  for (int r = 0; r < n; ++r) finish_row(job, row + r, all[r]);
+  finish_rows<n>(job, row, all);
 }
 
 // Rows that are read side by side share the loads of x, which is what the arithmetic of sparse rows waits for; dense
@@ -253,6 +275,8 @@ int64_t rows_side_by_side(const LinearJob& job, int64_t begin, int64_t end) {
 
 template <class Source, int tokens>
 void rows_at_once(const LinearJob& job, int64_t begin, int64_t end) {
+  // What lies nearer than what is fetched ahead.
+  if (begin < end) Source(job, begin).first_lines();
   constexpr int n = rows_together<Source, tokens>, half = n > 1 ? n / 2 : 1;
   const bool sparse = static_cast<double>(Source::row_bytes(job)) <
                       sparse_below * static_cast<double>(job.cols) * Source::weight_bytes;
@@ -263,10 +287,10 @@ void rows_at_once(const LinearJob& job, int64_t begin, int64_t end) {
 
 // The columns [k, k + cols) of n rows, whose state lies in memory from one chunk to the next.
 template <int n, class Source, int tokens>
-GOSSAMER_INLINE void chunk_of_rows(const LinearJob& job, Source* sources, Sums<tokens>* all, int64_t k, int64_t cols,
+GOSSAMER_INLINE void chunk_of_rows(const LinearJob& job, Source* sources, Sums<Source, tokens>* all, int64_t k, int64_t cols,
                                    const Ahead& ahead) {
   Source here[n];
-  Sums<tokens> sums_here[n];
+  Sums<Source, tokens> sums_here[n];
   GOSSAMER_UNROLL
   for (int r = 0; r < n; ++r) here[r] = sources[r], sums_here[r] = all[r];
   add_cols<n>(here, sums_here, job.x + k * job.tokens, job.tokens * step_cols, cols, ahead);
@@ -280,7 +304,7 @@ void rows_in_chunks(const LinearJob& job, int64_t begin, int64_t end) {
   constexpr int n = rows_together<Source, tokens>;
   const Ahead ahead{Source::row_bytes(job) * chunk / (job.cols ? job.cols : 1), chunk / 8};
   Source sources[tile_rows];
-  Sums<tokens> all[tile_rows];
+  Sums<Source, tokens> all[tile_rows];
   for (; begin < end; begin += tile_rows) {
     const int tile = static_cast<int>(end - begin < tile_rows ? end - begin : tile_rows);
     for (int r = 0; r < tile; ++r) {
@@ -293,7 +317,7 @@ void rows_in_chunks(const LinearJob& job, int64_t begin, int64_t end) {
       for (; r + n <= tile; r += n) chunk_of_rows<n>(job, sources + r, all + r, k, cols, ahead);
       for (; r < tile; ++r) chunk_of_rows<1>(job, sources + r, all + r, k, cols, ahead);
     }
-    for (int r = 0; r < tile; ++r) finish_row(job, begin + r, all[r]);
+    for (int r = 0; r < tile; ++r) finish_rows<1>(job, begin + r, all + r);
   }
 }
 
@@ -320,17 +344,33 @@ void dense_rows(const LinearJob& job, int64_t begin, int64_t end) {
   rows<DenseSource<T>, tokens>(job, begin, end);
 }
 
+// A whole block: nothing in the loop but loads and stores, which compilers turn into shuffles.
+template <class T, class X>
+GOSSAMER_INLINE void arrange(const X* x, float* out) {
+  for (int i = 0; i < Block<T>::cols; ++i) out[i] = widened(x[Block<T>::column(i)]);
+}
+
+template <class T, class X>
+void arrange_all(const X* x, int64_t cols, int64_t tokens, float* out) {
+  constexpr int wide = Block<T>::cols;
+  for (int64_t k = 0; k < cols; k += step_cols, out += tokens * step_cols)
+    for (int64_t b = 0; b < step_cols; b += wide)
+      if (k + b + wide <= cols) {
+        arrange<T>(x + k + b, out + b);
+      } else {
+        X padded[wide] = {};
+        if (k + b < cols) std::memcpy(padded, x + k + b, static_cast<size_t>(cols - k - b) * sizeof(X));
+        arrange<T>(padded, out + b);
+      }
+}
+
 template <class T>
 void prepare(const void* x, Float type, int64_t cols, int64_t token, int64_t tokens, float* out) {
-  constexpr int wide = Block<T>::cols;
-  for (int64_t k = 0; k < cols; k += step_cols) {
-    float* step = out + k * tokens + token * step_cols;
-    for (int b = 0; b < step_cols; b += wide)
-      for (int i = 0; i < wide; ++i) {
-        const int64_t column = k + b + Block<T>::column(i);
-        step[b + i] = column < cols ? to_float(x, type, column) : 0.0f;
-      }
-  }
+  out += token * step_cols;
+  if (type == Float::f32)
+    arrange_all<T>(static_cast<const float*>(x), cols, tokens, out);
+  else
+    arrange_all<T>(static_cast<const uint16_t*>(x), cols, tokens, out);
 }
 
 inline uint64_t sum_of_words(const void* words, int64_t bytes) {

@@ -1,5 +1,6 @@
 """cpu_bitmask against float64, on every instruction set of this CPU."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,8 +132,8 @@ def test_bits_do_not_depend_on_threads() -> None:
     a[:100] = sparse((100, 700), 1.0, torch.bfloat16)  # rows of uneven cost
     before = torch.get_num_threads()
     try:
-        for tokens in (1, 3, 16):
-            x, found = some((tokens, 700), torch.float32), []
+        for tokens, dtype in itertools.product((1, 3, 16), DTYPES):
+            x, found = some((tokens, 700), dtype), []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
                 found.append(linear(x, a))

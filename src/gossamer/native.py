@@ -1,7 +1,8 @@
 """The compiled CPU core, typed and checked: torch tensors in, torch tensors out.
 
 A bitmask matrix is `values` [nnz] in row-major order beside `mask` [M, ceil(K / 8)] uint8, whose bit j of byte b is
-column 8 b + j; padding bits are zero. `GOSSAMER_ISA` (scalar, avx2, avx512) or `set_isa` narrows what the CPU offers.
+column 8 b + j; padding bits are zero. `GOSSAMER_ISA` (scalar, avx2, avx512) or `set_isa` narrows what the CPU offers;
+avx512 takes AMX along where the CPU has it.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class CpuBitmask(Kernel):
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         values, mask, offsets = packed
-        if x.shape[:-1].numel() <= native.MAX_TOKENS:
+        # Counting elements is the shorter way, but of no columns there are none to count.
+        if 0 < x.numel() <= native.MAX_TOKENS * meta["cols"] or x.shape[:-1].numel() <= native.MAX_TOKENS:
             return native.bitmask_linear(x, values, mask, offsets, meta["cols"], bias)
         return _by_panels(x, values, mask, offsets, bias)
 
