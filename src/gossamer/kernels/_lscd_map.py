@@ -16,8 +16,8 @@ _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_L2_256B, _ZEROS_OUTSIDE = 0, 3, 3, 0
 
 
 @lru_cache(maxsize=4096)
-def tensor_map(address: int, tokens: int, cols: int, most_tokens: int, deep: int, bf16: bool) -> bytes:
-    """The map of x [tokens, cols] at `address`, rows end to end, for boxes of `most_tokens` by `deep` columns.
+def tensor_map(device: int, address: int, tokens: int, cols: int, most_tokens: int, deep: int, bf16: bool) -> bytes:
+    """The map of x [tokens, cols] at `address` of a GPU, rows end to end, for boxes of `most_tokens` by `deep` columns.
 
     It has three dimensions: the columns of a block, tokens, blocks. `address` is a multiple of 16, `cols` and `deep`
     are multiples of COLUMNS. Raises ValueError where `cols` is not, nvrtc.LaunchError where the driver refuses.
@@ -31,7 +31,12 @@ def tensor_map(address: int, tokens: int, cols: int, most_tokens: int, deep: int
     box, steps = (ctypes.c_uint32 * 3)(COLUMNS, most_tokens, deep // COLUMNS), (ctypes.c_uint32 * 3)(1, 1, 1)
     modes = _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_L2_256B, _ZEROS_OUTSIDE
     place, kind = ctypes.c_void_p(ctypes.addressof(buffer) + skipped), _BFLOAT16 if bf16 else _FLOAT16
+    given = place, kind, 3, ctypes.c_void_p(address), dims, strides, box, steps, *modes
     encode = nvrtc._driver().cuTensorMapEncodeTiled
-    if error := encode(place, kind, 3, ctypes.c_void_p(address), dims, strides, box, steps, *modes):
+    error = encode(*given)
+    if error == nvrtc._NO_CONTEXT:
+        nvrtc._enter(device)
+        error = encode(*given)
+    if error:
         raise nvrtc.LaunchError(f"a tensor map of x [{tokens}, {cols}] at {address:#x}: {nvrtc._explain(error)}")
     return buffer.raw[skipped : skipped + BYTES]

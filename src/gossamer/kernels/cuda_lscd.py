@@ -128,7 +128,7 @@ def launch(
     bias = _none(x.device) if bias is None else bias.to(x.dtype).contiguous()
     box = 8 * work.tiles, DEPTH // X_PER_STAGE[cut.team]
     # What has clusters has the engine that copies by maps.
-    x_map = tensor_map(x.data_ptr(), tokens, cols, *box, meta["bf16"]) if device.clusters else NO_MAP
+    x_map = tensor_map(x.get_device(), x.data_ptr(), tokens, cols, *box, meta["bf16"]) if device.clusters else NO_MAP
     kernel.launch(grid, block, *packed, x, bias, y, *sizes, x_map, shared=work.shared(cut))
 
 
