@@ -521,7 +521,7 @@ def test_grouped_index_lives_on(tmp_path: Path) -> None:
     index.merge()
     assert index.groups and len(index._parts) == 1
     same(index.search(queries, 10), plain.search(queries, 10))
-    assert {s.groups for s in index.calibrate(queries)} != {0}
+    assert index.calibrate(queries)  # with groups or without: what is faster here
     same(index.search(queries, 10), plain.search(queries, 10))
 
 
