@@ -310,7 +310,7 @@ def bm25(job: Job) -> float:
     tokens = bm25s.tokenization.Tokenized(
         ids=[i.tolist() for i in ids], vocab={str(i): i for i in range(job.docs.shape[1])}
     )
-    index = bm25s.BM25()
+    index = bm25s.BM25(backend="auto")  # numba, if it is installed: some 20 times faster
     index.index(tokens, show_progress=False)
     asked = [[[str(c) for c in job.queries[i].indices]] for i in range(20)]
     return least([lambda q=q: index.retrieve(q, k=K, show_progress=False, n_threads=0) for q in asked], 2) / 20 * 1e6
