@@ -3,6 +3,9 @@
     python benchmarks/bench_index.py A B16 B32 B64 codes.npz --prepare    # makes jobs, builds indexes
     python benchmarks/bench_index.py A B16 B32 B64 codes.npz              # measures
     python benchmarks/bench_index.py --scale 10                           # builds and opens 10 million documents
+    python benchmarks/bench_index.py --texts DATA codes.npz               # bm25s on the texts of the codes, then those
+    python benchmarks/bench_index.py --front --prepare --heads CACHE      # codes of bench_retrieval.py's heads
+    python benchmarks/bench_index.py --front                              # quality against FLOPs and time
 
 A job is one of index_jobs.py, or a CSR matrix codes.npz with queries in codes_q.npz. Peers that are not installed are
 left out (pip install pyseismic-lsr faiss-cpu bm25s scipy). A time is the least of several passes over all queries, of
@@ -12,7 +15,8 @@ beside that calibrated on other queries, as a user would. Exact times are those 
 one that is grouped if that makes searches at recall 0.99 faster.
 
 Summaries: "us_per_query" {"job", "mode", "threads"}, "ratio_vs_seismic" {"job", "recall"} (> 1: ours is faster),
-"ratio_vs_plain", "bytes_per_nonzero", "threads_speedup", "docs_per_minute", "open_seconds".
+"ratio_vs_plain", "bytes_per_nonzero", "threads_speedup", "docs_per_minute", "open_seconds", "flops_front" {"family",
+"head", "collection", "flops"} (the quality kept); of bm25s on texts "build_seconds" and "index_bytes".
 """
 
 from __future__ import annotations
@@ -32,13 +36,14 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
+import index_front
 import index_jobs
+import index_text
 from gossamer.retrieval.index import SparseIndex
 from gossamer.retrieval.tuning import MARGIN, pick, recall
-from results import append, environment
+from index_report import BATCH, K, Report, batches, least
 
 RESULTS = Path(__file__).parent / "results" / "index.jsonl"
-K, BATCH, PASSES = 10, 20, 5
 RECALLS = (0.9, 0.95, 0.99)
 BYTES_BARS = {"exact": 10.5, "approximate": 5.0, "grouped": None}
 EXACT_BARS = {"A": 150, "B16": 300, "B32": 850, "B64": 2700}
@@ -64,9 +69,21 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--peers", default="plain,seismic,faiss,scipy,bm25s")
     parser.add_argument("--scale", type=int, help="million documents of 32 non-zeros to build and open")
+    parser.add_argument("--texts", type=Path, help="the data folder: bm25s on the passages of the real codes")
+    parser.add_argument("--front", action="store_true", help="quality against FLOPs of the trained heads")
+    parser.add_argument("--heads", type=Path, help="with --front --prepare: the cache of bench_retrieval.py")
     args = parser.parse_args()
     if args.scale:
-        Report(args.results, f"{args.scale}M x 32").scale(args.scale, args.folder)
+        scale(Report(args.results, f"{args.scale}M x 32"), args.scale, args.folder)
+    if args.texts:
+        index_text.measure(args.texts, args.queries, Report(args.results, "passages"))
+    if args.front and args.prepare:
+        if args.heads is None:
+            parser.error("--front --prepare needs trained heads; fix: add --heads CACHE")
+        index_front.prepare(args.heads, args.folder)
+    elif args.front:
+        index_front.collections(Report(args.results, "front"))
+        index_front.passages(Report(args.results, "front"), args.folder, args.queries)
     for name in args.jobs:
         docs, queries = index_jobs.load(name, args.folder)
         job = Job(Path(name).stem, docs, queries, args.queries, args.folder)
@@ -76,54 +93,37 @@ def main() -> None:
             measure(job, Report(args.results, job.name), args.peers.split(","))
 
 
-class Report:
-    """Prints and appends lines of one job."""
+def scale(report: Report, millions: int, folder: Path) -> None:
+    path = folder / f"scale{millions}.gsx"
+    rng = np.random.default_rng(0)
+    spent = 0.0
 
-    def __init__(self, path: Path, job: str) -> None:
-        self.path, self.job = path, job
-
-    def line(
-        self, summary: str, case: dict, value: float, unit: str, sense: str = "<=", must: float | None = None
-    ) -> None:
-        case = {"job": self.job} | case
-        print(f"{summary} {case}: {value:.4g} {unit}" + ("" if must is None else f" (bar: {sense} {must})"), flush=True)
-        line = {"bench": "index", "summary": summary, "case": case, "value": float(f"{value:.5g}"), "sense": sense}
-        append(self.path, line | {"must": must, "unit": unit, "n": 1} | environment())
-
-    def us(self, mode: str, threads: int, value: float, must: float | None = None, **more: object) -> None:
-        self.line("us_per_query", {"mode": mode, "threads": threads} | more, value, "microseconds", must=must)
-
-    def scale(self, millions: int, folder: Path) -> None:
-        path = folder / f"scale{millions}.gsx"
-        rng = np.random.default_rng(0)
-        spent = 0.0
-
-        def chunks() -> Iterator[sp.csr_matrix]:
-            nonlocal spent
-            for _ in range(millions):
-                start = time.perf_counter()
-                chunk = index_jobs.uniform(1_000_000, 1, index_jobs.UNIFORM["W32"], rng)[0]
-                spent += time.perf_counter() - start
-                yield chunk
-
-        start = time.perf_counter()
-        index = SparseIndex.build(chunks())
-        seconds = time.perf_counter() - start - spent
-        index.save(path, overwrite=True)
-        self.line("docs_per_minute", {"threads": 2}, len(index) / seconds * 60, "documents", ">=", 5e6)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.line("peak_memory", {}, peak / 1e9, "GB", must=23)
-        self.line(
-            "bytes_per_nonzero", {"mode": "exact"}, path.stat().st_size / index.stats()["documents"] / 31.5, "bytes"
-        )
-        query = index.rows([5])[0]
-        want = index.search(query, K)
-        del index
-        for verify in (True, False):
+    def chunks() -> Iterator[sp.csr_matrix]:
+        nonlocal spent
+        for _ in range(millions):
             start = time.perf_counter()
-            opened = SparseIndex.open(path, verify=verify)
-            self.line("open_seconds", {"verify": verify}, time.perf_counter() - start, "seconds", must=1.0)
-        assert (opened.search(query, K).ids == want.ids).all()
+            chunk = index_jobs.uniform(1_000_000, 1, index_jobs.UNIFORM["W32"], rng)[0]
+            spent += time.perf_counter() - start
+            yield chunk
+
+    start = time.perf_counter()
+    index = SparseIndex.build(chunks())
+    seconds = time.perf_counter() - start - spent
+    index.save(path, overwrite=True)
+    report.line("docs_per_minute", {"threads": 2}, len(index) / seconds * 60, "documents", ">=", 5e6)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.line("peak_memory", {}, peak / 1e9, "GB", must=23)
+    report.line(
+        "bytes_per_nonzero", {"mode": "exact"}, path.stat().st_size / index.stats()["documents"] / 31.5, "bytes"
+    )
+    query = index.rows([5])[0]
+    want = index.search(query, K)
+    del index
+    for verify in (True, False):
+        start = time.perf_counter()
+        opened = SparseIndex.open(path, verify=verify)
+        report.line("open_seconds", {"verify": verify}, time.perf_counter() - start, "seconds", must=1.0)
+    assert (opened.search(query, K).ids == want.ids).all()
 
 
 class Job:
@@ -183,21 +183,6 @@ def _write_seismic(path: Path, docs: sp.csr_matrix) -> None:
     with path.open("wb") as file:
         np.array([docs.shape[0]], np.uint32).tofile(file)
         out.tofile(file)
-
-
-def batches(queries: sp.csr_matrix) -> list[sp.csr_matrix]:
-    return [queries[i : i + BATCH] for i in range(0, queries.shape[0], BATCH)]
-
-
-def least(calls: list[Callable[[], object]], passes: int = PASSES) -> float:
-    """Seconds for all calls, each its least over the passes; a pass makes every call once."""
-    best = np.full(len(calls), np.inf)
-    for _ in range(passes):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return float(best.sum())
 
 
 def measure(job: Job, report: Report, peers: list[str]) -> None:
@@ -325,7 +310,7 @@ def bm25(job: Job) -> float:
     tokens = bm25s.tokenization.Tokenized(
         ids=[i.tolist() for i in ids], vocab={str(i): i for i in range(job.docs.shape[1])}
     )
-    index = bm25s.BM25()
+    index = bm25s.BM25(backend="auto")  # numba, if it is installed: some 20 times faster
     index.index(tokens, show_progress=False)
     asked = [[[str(c) for c in job.queries[i].indices]] for i in range(20)]
     return least([lambda q=q: index.retrieve(q, k=K, show_progress=False, n_threads=0) for q in asked], 2) / 20 * 1e6

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gossamer.retrieval import storage
+from gossamer.retrieval import storage, tuning
 from gossamer.retrieval.grouping import Groups
 from gossamer.retrieval.index import Hits, SparseIndex
 from gossamer.retrieval.native import require
@@ -495,7 +495,7 @@ def test_groups_find_clusters() -> None:
     np.testing.assert_array_equal(again.rows()[1], index.rows()[1])  # threads change nothing
 
 
-def test_grouped_index_lives_on(tmp_path: Path) -> None:
+def test_grouped_index_lives_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ids, filters, deletes, appends, k beyond the groups, merge, reopen: all as without groups."""
     docs, queries = clustered(9000, 300, 12)
     ids = np.random.default_rng(1).permutation(10**12 + np.arange(9000) * 3)
@@ -521,7 +521,10 @@ def test_grouped_index_lives_on(tmp_path: Path) -> None:
     index.merge()
     assert index.groups and len(index._parts) == 1
     same(index.search(queries, 10), plain.search(queries, 10))
-    assert index.calibrate(queries)  # with groups or without: what is faster here
+    timed = tuning.timed
+    # A clock by which groups are faster: on an index this small that depends on what else the machine does.
+    monkeypatch.setattr(tuning, "timed", lambda *a: (timed(*a)[0], 1.0 if a[3].groups == 0 else 0.5))
+    assert {s.groups for s in index.calibrate(queries)} != {0}
     same(index.search(queries, 10), plain.search(queries, 10))
 
 
@@ -662,7 +665,7 @@ def test_a_crashed_writer_leaves_no_lock(tmp_path: Path) -> None:
     code = f"""
 import os, numpy as np
 from pathlib import Path
-from gossamer.retrieval import storage
+from gossamer.retrieval import storage, tuning
 from gossamer.retrieval.grouping import Groups
 writer = storage.Writer(Path({str(path)!r})).__enter__()
 writer.add(np.zeros(1000, np.uint8))
