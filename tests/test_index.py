@@ -665,7 +665,7 @@ def test_a_crashed_writer_leaves_no_lock(tmp_path: Path) -> None:
     code = f"""
 import os, numpy as np
 from pathlib import Path
-from gossamer.retrieval import storage, tuning
+from gossamer.retrieval import storage
 from gossamer.retrieval.grouping import Groups
 writer = storage.Writer(Path({str(path)!r})).__enter__()
 writer.add(np.zeros(1000, np.uint8))
