@@ -1,15 +1,11 @@
 // AMX: 16 rows by up to 16 tokens by 32 columns an instruction, of bfloat16 by bfloat16. Rows are expanded into a small
 // buffer that stays in the first-level cache, 64 columns of 16 rows at a time, and loaded as tiles from there a step
 // later, when they have left the store buffer. The tiles read and write subnormal numbers as zeros.
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#include <cpuid.h>
 #include <immintrin.h>
 
 #include <cstring>
 
+#include "amx.h"
 #include "linear.h"
 
 namespace gossamer {
@@ -201,15 +197,8 @@ void tile(const LinearJob& job, int64_t row, int64_t count) {
 
 bool ask() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24, avx512_bf16 = 1u << 5;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & amx_tile) || !(edx & amx_bf16)) return false;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & avx512_bf16)) return false;
-#if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr int request_permission = 0x1023, tile_data = 18;
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
+  constexpr unsigned amx_bf16 = 1u << 22, avx512_bf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & avx512_bf16) && amx_granted(amx_bf16);
 }
 
 }  // namespace

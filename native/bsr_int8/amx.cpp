@@ -1,12 +1,7 @@
 // AMX: 16 outputs by 16 tokens by 64 channels an instruction, on x in the layout q, whose rows of four channels by 16
 // tokens are rows of a tile as they lie. Zeros are multiplied, too: gathering the channels that 16 rows have took
 // longer (docs/kernels/bsr_int8.md).
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#include <cpuid.h>
-
+#include "../amx.h"
 #include "avx512.h"
 
 namespace gossamer::bsr {
@@ -101,23 +96,10 @@ void all_blocks(const Weights& a, const Input& x, const Output& out, const Range
   _tile_release();
 }
 
-bool ask() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
-  if (!(edx & tile) || !(edx & int8)) return false;
-#if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr int request_permission = 0x1023, tile_data = 18;
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 bool amx_usable() {
-  static const bool usable = ask();
+  static const bool usable = amx_granted(1u << 25);  // int8
   return usable;
 }
 

@@ -359,25 +359,25 @@ class Pass {
     return in;
   }
 
-  bsr::Output up_out(const Layer& layer, const Worker& w) const {
+  static bsr::Output floats(float* data, const Linear& of) {
     bsr::Output to{};
-    to.data = wide(w);
+    to.data = data;
     to.type = bsr::Type::f32;
     to.layout = Layout::t;
     to.inverse_scale = 1.0f;
-    to.bias = layer.up.bias;
+    to.bias = of.bias;
+    return to;
+  }
+
+  bsr::Output up_out(const Layer& layer, const Worker& w) const {
+    bsr::Output to = floats(wide(w), layer.up);
     to.function = layer.function;
     return to;
   }
 
   // Onto the residual.
   bsr::Output add_out(const Span& s, const Linear& of) const {
-    bsr::Output to{};
-    to.data = x(s);
-    to.type = bsr::Type::f32;
-    to.layout = Layout::t;
-    to.inverse_scale = 1.0f;
-    to.bias = of.bias;
+    bsr::Output to = floats(x(s), of);
     to.residual = x(s);
     to.residual_type = bsr::Type::f32;
     return to;

@@ -4,6 +4,7 @@
 // items of a stage; TEAM warps that multiply together: 1 (mma.sync) or 4 (wgmma, sm_90a only); PAIR stages that a warp
 // takes at once (1, 2; 1 in a team of 4); CLUSTER blocks that share a panel of rows (1, 2, 4); THREADS of the largest
 // block; UNROLL words of masks.
+#include "float16.cuh"
 #include "lscd_copy.cuh"
 
 constexpr int DEPTH = 16 * STEPS, TOKENS = 8 * TILES, ROW = 128;
@@ -42,12 +43,6 @@ __device__ inline void copy_x(u32 to, const TensorMap& map, const u16* x, int fi
   arrive_when_copied(barrier);
 #endif
 }
-
-#if BF16
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
 
 __device__ inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -149,26 +144,6 @@ __device__ inline void consume(Sums& sums, u32 stage, u32 x, int lane) {
 #elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "lscd_wgmma.cuh"
 #endif
-
-__device__ inline float widen(u16 bits) {
-#if BF16
-  return __uint_as_float((u32)bits << 16);
-#else
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-#endif
-}
-
-__device__ inline u16 narrow(float value) {
-  u16 bits;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-}
 
 // A block of threads takes a panel, `high` blocks of 16 * PAIR rows; `split` warps share each of them, every one takes
 // each `split`-th stage. Warps of a team have blocks that follow each other and the same stages. A block of a cluster

@@ -2,6 +2,7 @@
 // matrix products, mma.sp, which want it so: nothing is decoded. The layout is described in kernels/_nm24_pack.py.
 // Macros: TILES of 8 tokens; BF16 (1) or fp16 (0); PAIR stages that a warp takes at once, one below the other (1, 2);
 // CLUSTER blocks that share a panel of rows (1, 2, 4); THREADS of the largest block, the last X_WARPS warps copy x.
+#include "float16.cuh"
 #include "lscd_copy.cuh"
 
 constexpr int STEPS = 8, DEPTH = 32 * STEPS, TOKENS = 8 * TILES;
@@ -18,12 +19,6 @@ constexpr int SUM_PITCH = 20;  // floats of one token's 16 sums: no two lanes of
 #endif
 
 extern __shared__ __align__(128) u8 shared[];
-
-#if BF16
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
 
 // 16 bytes that are read once; `value` stays as it is if `exists` is false.
 __device__ inline void load_once(u32 (&value)[4], const u8* from, bool exists) {
@@ -95,26 +90,6 @@ __device__ inline void copy_x(u32 to, const u16* x, int first, int cols, int tok
     from += X_WARPS * (i64)cols;
   }
   arrive_when_copied(barrier);
-}
-
-__device__ inline float widen(u16 bits) {
-#if BF16
-  return __uint_as_float((u32)bits << 16);
-#else
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-#endif
-}
-
-__device__ inline u16 narrow(float value) {
-  u16 bits;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
 }
 
 // A block of threads takes a panel, `high` blocks of 16 * PAIR rows; `split` warps share each of them, every one takes

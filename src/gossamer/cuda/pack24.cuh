@@ -1,27 +1,7 @@
 // 2:4 matrices pruned and compressed in one pass, in the layout that cuSPARSELt uses on Hopper: the values [rows, cols/2]
 // row after row, then 4 bits a group of four: two indices of 2 bits. These nibbles lie by tiles of 64 x 64, 512 bytes each
 // and row of tiles after row of tiles; see `meta_at`. cuda_patterns.py compares it with the library's own before use.
-#include "types.cuh"
-
-#if BF16
-__device__ inline float widen(u16 bits) { return __uint_as_float((u32)bits << 16); }
-__device__ inline u16 narrow(float value) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-#else
-__device__ inline float widen(u16 bits) {
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-}
-__device__ inline u16 narrow(float value) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
-#endif
+#include "float16.cuh"
 
 using Four = u16[4];
 constexpr float TINY = 1.17549435e-38f;

@@ -57,7 +57,8 @@ class Format(ABC):
 
     @abstractmethod
     def spec(self) -> Spec:
-        """JSON-able description: `format`, `version`, `shape` and all that `layout` needs."""
+        """JSON-able description: `format`, `version`, `shape`, which this one has, and all that `layout` needs."""
+        return {"format": self.name, "version": self.version, "shape": list(self.shape)}
 
     @classmethod
     @abstractmethod

@@ -53,13 +53,7 @@ class Bcsr(Format):
         return {"weight": self.weight, "cols": self.cols, "rows": self.rows}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.weight.dtype),
-            "blocks": len(self.weight),
-        }
+        return super().spec() | {"dtype": dtype_name(self.weight.dtype), "blocks": len(self.weight)}
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

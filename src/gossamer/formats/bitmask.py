@@ -52,13 +52,7 @@ class Bitmask(Format):
         return {"weight": self.weight, "mask": self.mask}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.weight.dtype),
-            "nnz": self.weight.numel(),
-        }
+        return super().spec() | {"dtype": dtype_name(self.weight.dtype), "nnz": self.weight.numel()}
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

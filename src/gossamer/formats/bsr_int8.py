@@ -92,14 +92,8 @@ class BsrInt8(Format):
         return {"weight": self.weight, "mask": self.mask, "scale": self.scale}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.dtype),
-            "block": list(self.block),
-            "nnz": self.weight.numel(),
-        }
+        more = {"dtype": dtype_name(self.dtype), "block": list(self.block), "nnz": self.weight.numel()}
+        return super().spec() | more
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

@@ -47,13 +47,7 @@ class CsrFormat(Format):
         return {"weight": self.weight, "cols": self.cols, "rows": self.rows}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.weight.dtype),
-            "nnz": self.weight.numel(),
-        }
+        return super().spec() | {"dtype": dtype_name(self.weight.dtype), "nnz": self.weight.numel()}
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

@@ -37,12 +37,7 @@ class Dense(Format):
         return {"weight": self.weight}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.weight.dtype),
-        }
+        return super().spec() | {"dtype": dtype_name(self.weight.dtype)}
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

@@ -66,14 +66,7 @@ class NM(Format):
         return {"weight": self.weight, "index": self.index}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "dtype": dtype_name(self.weight.dtype),
-            "n": self.n,
-            "m": self.m,
-        }
+        return super().spec() | {"dtype": dtype_name(self.weight.dtype), "n": self.n, "m": self.m}
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

@@ -57,13 +57,7 @@ class Product(Format):
         return self.left.tensors() | {RIGHT + n: t for n, t in self.right.tensors().items()}
 
     def spec(self) -> Spec:
-        return {
-            "format": self.name,
-            "version": self.version,
-            "shape": list(self.shape),
-            "left": self.left.spec(),
-            "right": self.right.spec(),
-        }
+        return super().spec() | {"left": self.left.spec(), "right": self.right.spec()}
 
     @classmethod
     def layout(cls, spec: Spec) -> Layout:

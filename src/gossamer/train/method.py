@@ -6,6 +6,7 @@ once and the layer keeps (`state`), so that one method serves every layer, rank 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,7 +19,7 @@ from .products import Products
 State = Mapping[str, Tensor]
 
 
-class Method:
+class Method(ABC):
     """The base: weights [out_features, in_features], groups of four along in_features, straight-through gradients.
 
     Subclasses are frozen dataclasses; which of the attributes they make fields is what a caller may set.
@@ -40,9 +41,9 @@ class Method:
         """What is kept with a layer, made from its whole weight when its sparse phase begins and at each refresh."""
         return {}
 
+    @abstractmethod
     def project(self, weight: Tensor, state: State) -> Tensor:
         """The 2:4 weight that the forward pass multiplies with, of `weight`'s shape and dtype; a shard if shardwise."""
-        raise NotImplementedError
 
     def mask(self, weight: Tensor, state: State) -> Tensor:
         """Bool: which weights survive now, for the decay of the others."""
