@@ -6,8 +6,9 @@ from torch import Tensor
 
 from gossamer.formats.bitmask import Bitmask
 from gossamer.kernels import Case, KernelError, Packed
+from gossamer.kernels._cuda_operands import DTYPES
 from gossamer.kernels.cuda_expand import CudaExpand
-from gossamer.kernels.cuda_lscd import DTYPES, CudaLscd, pack_dense
+from gossamer.kernels.cuda_lscd import CudaLscd, pack_dense
 
 SHAPES = [(1, 1), (7, 24), (16, 256), (33, 257), (64, 1000), (100, 513), (300, 4104)]
 

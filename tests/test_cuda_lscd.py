@@ -11,8 +11,9 @@ from torch import Tensor
 from gossamer import nvrtc
 from gossamer.formats.bitmask import Bitmask
 from gossamer.kernels import Case, KernelError, _lscd_cut, cuda_lscd
+from gossamer.kernels._cuda_operands import DTYPES, rows_of
 from gossamer.kernels._lscd_cut import Cut, Gpu, Work
-from gossamer.kernels._lscd_map import tensor_map
+from gossamer.kernels._lscd_map import COLUMNS, tensor_map
 from gossamer.kernels._lscd_pack import DEPTH, LINE, head_bytes, pack_matrix, share_of_items, unpack_matrix
 from gossamer.kernels.cuda_lscd import CudaLscd
 
@@ -20,7 +21,6 @@ H100 = Gpu(132, 232448, True, True)
 SMALL = Gpu(84, 101376, False, False)
 BLACKWELL = Gpu(148, 232448, True, False)
 SHAPES = [(1, 1), (7, 24), (16, 256), (33, 257), (64, 1000), (100, 513)]
-DTYPES = cuda_lscd.DTYPES
 
 
 def sparse(m: int, k: int, density: float, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -139,7 +139,7 @@ def test_refusals() -> None:
         CudaLscd.run(torch.zeros(2, 32, dtype=torch.bfloat16, device="meta"), packed.tensors, packed.meta, None)
     with pytest.raises(KernelError, match="x has 31 features, the weight takes 32"):
         CudaLscd.run(torch.zeros(2, 31, dtype=torch.bfloat16), packed.tensors, packed.meta, None)
-    with pytest.raises(KernelError, match="packed for another dtype"):
+    with pytest.raises(KernelError, match=r"packed for torch.bfloat16, not torch.float16; fix"):
         CudaLscd.run(torch.zeros(2, 32, dtype=torch.float16), packed.tensors, packed.meta, None)
     with pytest.raises(KernelError, match="not torch.float32; fix"):
         CudaLscd.pack(Bitmask.encode(sparse(16, 32, 0.5)), torch.float32)
@@ -198,7 +198,7 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | Non
         y = CudaLscd.run(x, packed.tensors, packed.meta, bias)
     else:
         y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
-        cuda_lscd.launch(cuda_lscd._rows(x, packed.meta), packed.tensors, packed.meta, bias, y, cut)
+        cuda_lscd.launch(rows_of("test", x, packed.meta, x.device, COLUMNS), packed.tensors, packed.meta, bias, y, cut)
     expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
     error = float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
     # A single result is rounded by up to 2^-8 (bfloat16) or 2^-11; many, by less than 2e-3 on average.

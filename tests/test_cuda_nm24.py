@@ -10,6 +10,7 @@ from gossamer import nvrtc, patterns
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Case, KernelError, _nm24_cut, cuda_nm24
+from gossamer.kernels._cuda_operands import rows_of
 from gossamer.kernels._nm24_cut import Cut, Gpu, Work
 from gossamer.kernels._nm24_pack import DEPTH, STAGE, STEPS, pack_matrix, unpack_matrix
 from gossamer.kernels.cuda_nm24 import CudaNm24
@@ -162,7 +163,7 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None = None, cut: Cut | None = No
         y = CudaNm24.run(x, packed.tensors, packed.meta, bias)
     else:
         y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
-        cuda_nm24.launch(cuda_nm24.rows_of("test", x, packed.meta), packed.tensors[0], packed.meta, bias, y, cut)
+        cuda_nm24.launch(rows_of("test", x, packed.meta, x.device), packed.tensors[0], packed.meta, bias, y, cut)
     expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
     assert float((y.double() - expected).norm() / expected.norm()) < 4e-3
 

@@ -17,7 +17,8 @@ constexpr int PART = TOKENS * 128, SLOT = X_DEPTH / 64 * PART;
 constexpr int X_BARRIERS = 1536, NOTHING = 2048;  // an empty stage, for the warps of a team that have no rows
 constexpr int BARRIERS = TEAM > 1 ? 3072 : 2048;
 constexpr int WORTH_WAKING = 32;  // lines of a stage: 5 % gained above (half of all values), 2 % lost below
-constexpr int SUM_PITCH = 20;  // floats of one token's 16 sums: no two lanes of an accumulator in one bank
+
+#include "sums.cuh"
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -156,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
          i32 deep, i32 high, i32 split, i32 ring, i32 x_ring, i32 room, i32 lines,
          const __grid_constant__ TensorMap map) {
 #if TEAM == 1 || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int SHARE = BULK ? CLUSTER : 1, TALL = 16 * PAIR;
+  constexpr int SHARE = BULK ? CLUSTER : 1;
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, warps = (high + TEAM - 1) / TEAM * TEAM * split;
   const u32 base = address(shared), rank = cluster_rank<SHARE>();
   const u32 x_full = base + X_BARRIERS, x_empty = x_full + 8 * x_ring;
@@ -255,54 +256,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTERED(CLUSTER)
   __syncthreads();
 
   // The sums lie where x and the stages lay, and after them what the peers send.
-  float* partial = (float*)(shared + BARRIERS);
-  if (warp < warps) {
-#pragma unroll
-    for (int p = 0; p < PAIR; ++p)
-#pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = tile * 8 + lane % 4 * 2 + i % 2, row = lane / 4 + i / 2 * 8;
-          partial[((warp * PAIR + p) * TOKENS + token) * SUM_PITCH + row] = sums[p][tile][i];
-        }
-  }
-  if constexpr (SHARE > 1)
-    cluster_sync();
-  else
-    __syncthreads();
-
-  // Item i is token i / share and row i % share of a block's share of the rows; both are small, so a product divides.
-  const int share = high * TALL / SHARE, items = share * tokens;
-  const u32 inverse = 0xffffffffu / share + 1;
-  const auto total = [&](int row, int token) {
-    const int at = row / TALL, first_warp = at / TEAM * TEAM * split + at % TEAM;
-    const float* parts = partial + ((first_warp * PAIR + row % TALL / 16) * TOKENS + token) * SUM_PITCH + row % 16;
-    float sum = 0;
-    for (int c = 0; c < split; ++c) sum += parts[c * TEAM * PAIR * TOKENS * SUM_PITCH];
-    return sum;
-  };
-  float* received = partial + warps * PAIR * TOKENS * SUM_PITCH;
-  if constexpr (SHARE > 1) {
-    for (int j = 1; j < SHARE; ++j) {
-      const u32 peer = (rank + j) % SHARE, to = address(received) + (SHARE - 1 - j) * items * 4;
-      for (u32 i = threadIdx.x; i < items; i += blockDim.x) {
-        const u32 token = __umulhi(i, inverse), row = i - token * share;
-        store_in_peer(to + 4 * i, peer, total(peer * share + row, token));
-      }
-    }
-    cluster_sync();
-  }
-  const i64 top = (i64)panel * high * TALL + rank * share;
-  for (u32 i = threadIdx.x; i < items; i += blockDim.x) {
-    const u32 token = __umulhi(i, inverse), row = i - token * share;
-    if (top + row >= rows) continue;
-    float sum = total(rank * share + row, token);
-    if constexpr (SHARE > 1)
-      for (int j = 0; j < SHARE - 1; ++j) sum += received[j * items + i];
-    if (bias) sum += widen(bias[top + row]);
-    y[token * (i64)rows + top + row] = narrow(sum);
-  }
+  write_sums<TEAM, SHARE>((float*)(shared + BARRIERS), sums, {panel, high, split, warps, rank}, warp, lane, bias, y,
+                          rows, tokens);
 #else
   __trap();  // wgmma is Hopper's alone; nobody launches this
 #endif

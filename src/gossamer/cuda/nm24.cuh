@@ -9,7 +9,6 @@ constexpr int STEPS = 8, DEPTH = 32 * STEPS, TOKENS = 8 * TILES;
 constexpr int PITCH = 2 * DEPTH + 16;  // of a token in shared memory: shifted, so that ldmatrix meets all banks
 constexpr int SLOT = TOKENS * PITCH, BARRIERS = 512;
 constexpr int LANE_STAGE = 16 * (1 + STEPS);  // bytes of a stage that a lane owns: metadata, then a value block a step
-constexpr int SUM_PITCH = 20;  // floats of one token's 16 sums: no two lanes of an accumulator in one bank
 
 // With two tiles, ptxas 13.0 and 13.5 die of an internal error (C7907) for Blackwell; `gpu` in cuda_nm24.py knows it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && TILES == 2
@@ -17,6 +16,8 @@ constexpr int SUM_PITCH = 20;  // floats of one token's 16 sums: no two lanes of
 #else
 #define CRASHES_PTXAS 0
 #endif
+
+#include "sums.cuh"
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -101,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTERED(CLUSTER)
 #if CRASHES_PTXAS
   __trap();  // nobody launches this
 #else
-  constexpr int SHARE = BULK ? CLUSTER : 1, TALL = 16 * PAIR;
+  constexpr int SHARE = BULK ? CLUSTER : 1;
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, warps = high * split;
   const u32 base = address(shared), rank = cluster_rank<SHARE>();
   const u32 x_full = base, x_empty = x_full + 8 * x_ring, xs = base + BARRIERS;
@@ -156,53 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) CLUSTERED(CLUSTER)
   __syncthreads();
 
   // The sums lie where x lay, and after them what the peers send.
-  float* partial = (float*)(shared + BARRIERS);
-  if (warp < warps) {
-#pragma unroll
-    for (int p = 0; p < PAIR; ++p)
-#pragma unroll
-      for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = tile * 8 + lane % 4 * 2 + i % 2, row = lane / 4 + i / 2 * 8;
-          partial[((warp * PAIR + p) * TOKENS + token) * SUM_PITCH + row] = sums[p][tile][i];
-        }
-  }
-  if constexpr (SHARE > 1)
-    cluster_sync();
-  else
-    __syncthreads();
-
-  // Item i is token i / share and row i % share of a block's share of the rows; both are small, so a product divides.
-  const int share = high * TALL / SHARE, items = share * tokens;
-  const u32 inverse = 0xffffffffu / share + 1;
-  const auto total = [&](int row, int token) {
-    const float* parts =
-        partial + ((row / TALL * split * PAIR + row % TALL / 16) * TOKENS + token) * SUM_PITCH + row % 16;
-    float sum = 0;
-    for (int c = 0; c < split; ++c) sum += parts[c * PAIR * TOKENS * SUM_PITCH];
-    return sum;
-  };
-  float* received = partial + warps * PAIR * TOKENS * SUM_PITCH;
-  if constexpr (SHARE > 1) {
-    for (int j = 1; j < SHARE; ++j) {
-      const u32 peer = (rank + j) % SHARE, to = address(received) + (SHARE - 1 - j) * items * 4;
-      for (u32 i = threadIdx.x; i < items; i += blockDim.x) {
-        const u32 token = __umulhi(i, inverse), row = i - token * share;
-        store_in_peer(to + 4 * i, peer, total(peer * share + row, token));
-      }
-    }
-    cluster_sync();
-  }
-  const i64 top = (i64)panel * high * TALL + rank * share;
-  for (u32 i = threadIdx.x; i < items; i += blockDim.x) {
-    const u32 token = __umulhi(i, inverse), row = i - token * share;
-    if (top + row >= rows) continue;
-    float sum = total(rank * share + row, token);
-    if constexpr (SHARE > 1)
-      for (int j = 0; j < SHARE - 1; ++j) sum += received[j * items + i];
-    if (bias) sum += widen(bias[top + row]);
-    y[token * (i64)rows + top + row] = narrow(sum);
-  }
+  write_sums<1, SHARE>((float*)(shared + BARRIERS), sums, {panel, high, split, warps, rank}, warp, lane, bias, y,
+                       rows, tokens);
 #endif
 }

@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import nvrtc
 from ..formats import Format
 from ..formats.bitmask import Bitmask
 from . import Case, Kernel, KernelError, Packed
+from ._cuda_operands import DTYPES, bias_of, rows_of
 from ._lscd_cut import THREADS, TILES, X_PER_STAGE, Cut, Gpu, Work, best_cut
 from ._lscd_map import COLUMNS, NO_MAP, tensor_map
 from ._lscd_pack import DEPTH, LINE, STEPS, head_bytes, pack_matrix, share_of_items
 
-DTYPES = (torch.bfloat16, torch.float16)
 MAX_TOKENS = 256
 LOAD_RATE = 28000  # bytes per microsecond and processor, as NOT_HIDDEN was measured
 ROOM = 256  # bytes that the largest stage is rounded to, so that layers alike share a cut
@@ -82,11 +81,7 @@ class CudaLscd(Kernel):
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
-        if x.device != packed[0].device:
-            raise KernelError(
-                f"cuda_lscd: x lies on {x.device}, the weight on {packed[0].device}; fix: move one of them"
-            )
-        flat = _rows(x, meta)
+        flat = rows_of(cls.name, x, meta, packed[0].device, COLUMNS)
         y = x.new_empty(flat.shape[0], meta["rows"])
         most = gpu(x.get_device()).tokens
         for begin in range(0, flat.shape[0], most):
@@ -117,7 +112,7 @@ def pack_dense(dense: Tensor, words: bool) -> Packed:
 def launch(
     x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None, y: Tensor, cut: Cut | None = None
 ) -> None:
-    """y [N, M] = x [N, K] A^T + bias, for as many rows of x as one launch takes, as `_rows` leaves them."""
+    """y [N, M] = x [N, K] A^T + bias, for as many rows of x as one launch takes, whole COLUMNS long (`rows_of`)."""
     tokens, cols = x.shape
     work, device = work_of(tokens, meta), gpu(x.get_device())
     cut = cut or best_cut(work, device)
@@ -125,11 +120,10 @@ def launch(
     shares = cut.high, cut.split, cut.ring, cut.x_ring, work.room[cut.pair - 1]
     sizes = work.rows, cols, tokens, work.deep, *shares, packed[0].numel() // LINE
     kernel = function(work.tiles, meta["bf16"], meta["words"], cut.team, cut.pair, cut.cluster, device.shared)
-    bias = _none(x.device) if bias is None else bias.to(x.dtype).contiguous()
     box = 8 * work.tiles, DEPTH // X_PER_STAGE[cut.team]
     # What has clusters has the engine that copies by maps.
     x_map = tensor_map(x.get_device(), x.data_ptr(), tokens, cols, *box, meta["bf16"]) if device.clusters else NO_MAP
-    kernel.launch(grid, block, *packed, x, bias, y, *sizes, x_map, shared=work.shared(cut))
+    kernel.launch(grid, block, *packed, x, bias_of(bias, x), y, *sizes, x_map, shared=work.shared(cut))
 
 
 def work_of(tokens: int, meta: dict[str, Any]) -> Work:
@@ -139,22 +133,3 @@ def work_of(tokens: int, meta: dict[str, Any]) -> Work:
 
 def _rounded(number: int, unit: int) -> int:
     return -(-number // unit) * unit
-
-
-def _rows(x: Tensor, meta: dict[str, Any]) -> Tensor:
-    """x [N, K'], as the kernel copies it: rows end to end, each whole blocks of columns, at a multiple of 16 bytes."""
-    if x.shape[-1] != meta["cols"]:
-        raise KernelError(f"cuda_lscd: x has {x.shape[-1]} features, the weight takes {meta['cols']}; fix: pass that x")
-    if x.dtype != (torch.bfloat16 if meta["bf16"] else torch.float16):
-        raise KernelError(f"cuda_lscd: packed for another dtype than {x.dtype}; fix: gossamer.prepare the model again")
-    flat = x.reshape(x.shape[:-1].numel(), meta["cols"])
-    if meta["cols"] % COLUMNS:
-        return pad(flat, (0, -meta["cols"] % COLUMNS))
-    flat = flat.contiguous()
-    return flat if flat.data_ptr() % 16 == 0 else flat.clone()
-
-
-@cache
-def _none(device: torch.device) -> Tensor:
-    """No bias: an empty tensor passes a null pointer."""
-    return torch.empty(0, device=device)

@@ -12,16 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import nvrtc
 from ..formats import Format
 from ..formats.nm24 import NM
 from . import Case, Kernel, KernelError, Packed
+from ._cuda_operands import DTYPES, bias_of, dtype_of, rows_of
 from ._nm24_cut import TILES, WARPS, X_WARPS, Cut, Gpu, Work, best_cut
 from ._nm24_pack import BLOCK, DEPTH, STAGE, pack_matrix, unpack_matrix
 
-DTYPES = (torch.bfloat16, torch.float16)
 MAX_TOKENS = 256
 
 
@@ -73,11 +72,7 @@ class CudaNm24(Kernel):
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
-        if x.device != packed[0].device:
-            raise KernelError(
-                f"cuda_nm24: x lies on {x.device}, the weight on {packed[0].device}; fix: move one of them"
-            )
-        flat = rows_of(cls.name, x, meta)
+        flat = rows_of(cls.name, x, meta, packed[0].device)
         y = x.new_empty(flat.shape[0], meta["rows"])
         for begin in range(0, flat.shape[0], 8 * TILES[-1]):
             part = slice(begin, begin + 8 * TILES[-1])
@@ -126,33 +121,9 @@ def launch(
     cut = cut or best_cut(work, device)
     grid, block = (work.panels(cut) * cut.cluster, 1, 1), (32 * (cut.warps + X_WARPS[work.tiles]), 1, 1)
     kernel = function(work.tiles, meta["bf16"], cut.pair, cut.cluster, device.shared)
-    bias = _none(x.device) if bias is None else bias.to(x.dtype).contiguous()
     sizes = work.rows, x.shape[1], tokens, work.deep, cut.high, cut.split, cut.x_ring
-    kernel.launch(grid, block, stages, x, bias, y, *sizes, shared=work.shared(cut))
+    kernel.launch(grid, block, stages, x, bias_of(bias, x), y, *sizes, shared=work.shared(cut))
 
 
 def work_of(tokens: int, meta: dict[str, Any], device: Gpu) -> Work:
     return Work(meta["rows"], -(-meta["cols"] // DEPTH), next(t for t in device.tiles if tokens <= 8 * t))
-
-
-def dtype_of(meta: dict[str, Any]) -> torch.dtype:
-    return torch.bfloat16 if meta["bf16"] else torch.float16
-
-
-def rows_of(name: str, x: Tensor, meta: dict[str, Any]) -> Tensor:
-    """x [N, K'], as kernels copy it: rows end to end, each a multiple of 16 bytes at such an address."""
-    if x.shape[-1] != meta["cols"]:
-        raise KernelError(f"{name}: x has {x.shape[-1]} features, the weight takes {meta['cols']}; fix: pass that x")
-    if x.dtype != dtype_of(meta):
-        raise KernelError(f"{name}: packed for {dtype_of(meta)}, not {x.dtype}; fix: gossamer.prepare the model again")
-    flat = x.reshape(x.shape[:-1].numel(), meta["cols"])
-    if meta["cols"] % 8:
-        return pad(flat, (0, -meta["cols"] % 8))
-    flat = flat.contiguous()
-    return flat if flat.data_ptr() % 16 == 0 else flat.clone()
-
-
-@cache
-def _none(device: torch.device) -> Tensor:
-    """No bias: an empty tensor passes a null pointer."""
-    return torch.empty(0, device=device)

@@ -15,7 +15,8 @@ from .. import cslt, cslt_search
 from ..cslt import Algorithm, Problem
 from ..formats import Format
 from . import Case, Kernel, KernelError, Packed
-from .cuda_nm24 import check, dtype_of, rows_of, unfit
+from ._cuda_operands import dtype_of, rows_of
+from .cuda_nm24 import check, unfit
 
 log = logging.getLogger("gossamer")
 _ready: dict[tuple, cslt.Plan] = {}  # for x as the library takes it, without a bias: nothing else is looked at
@@ -61,7 +62,7 @@ class CudaNm24Vendor(Kernel):
         key = x.shape, x.dtype, x.get_device(), meta["rows"], meta["cols"], meta["bf16"]
         if bias is None and (plan := _ready.get(key)) and x.is_contiguous() and x.data_ptr() % cslt.ALIGNMENT == 0:
             return plan.run(packed[0], x, x.new_empty(x.shape[0], meta["rows"]))
-        flat = rows_of(cls.name, x, meta)
+        flat = rows_of(cls.name, x, meta, packed[0].device)
         if not meta["algorithms"]:
             return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
         tokens, rows = flat.shape[0], meta["rows"]
