@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer import nvrtc
+from gossamer import driver, nvrtc
 from gossamer.formats.bitmask import Bitmask
 from gossamer.kernels import Case, KernelError, _lscd_cut, cuda_lscd
 from gossamer.kernels._cuda_operands import DTYPES, rows_of
@@ -162,30 +162,30 @@ class Encoder:
 
 
 def test_the_map_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Encoder(0)
-    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    stand_in = Encoder(0)
+    monkeypatch.setattr(driver, "library", lambda: stand_in)
     encode = tensor_map.__wrapped__
     assert encode(0, 1 << 40, 70, 2368, 128, 256, True) == b"\xab" * 128
     # Columns of a block, tokens and blocks; the bytes from token to token and from block to block.
-    assert driver.seen == (9, 3, 1 << 40, [(64, 70, 37), (4736, 128), (64, 128, 4), (1, 1, 1), 0, 3, 3, 0])
+    assert stand_in.seen == (9, 3, 1 << 40, [(64, 70, 37), (4736, 128), (64, 128, 4), (1, 1, 1), 0, 3, 3, 0])
     encode(0, 256, 1, 64, 8, 128, False)
-    assert driver.seen == (6, 3, 256, [(64, 1, 1), (128, 128), (64, 8, 2), (1, 1, 1), 0, 3, 3, 0])
+    assert stand_in.seen == (6, 3, 256, [(64, 1, 1), (128, 128), (64, 8, 2), (1, 1, 1), 0, 3, 3, 0])
     with pytest.raises(ValueError, match="72 columns, not in blocks of 64; fix: pad x"):
         encode(0, 256, 1, 72, 8, 128, False)
-    driver.error = 1
-    with pytest.raises(nvrtc.LaunchError, match=r"a tensor map of x \[1, 64\] at 0x100: CUDA error 1"):
+    stand_in.error = 1
+    with pytest.raises(driver.LaunchError, match=r"a tensor map of x \[1, 64\] at 0x100: CUDA error 1"):
         encode(0, 256, 1, 64, 8, 128, False)
 
 
 def test_a_thread_that_has_not_touched_the_gpu_gets_a_map_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver, entered = Encoder(nvrtc._NO_CONTEXT), []
+    stand_in, entered = Encoder(driver.NO_CONTEXT), []
 
     def enter(device: int) -> None:
         entered.append(device)
-        driver.error = 0
+        stand_in.error = 0
 
-    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
-    monkeypatch.setattr(nvrtc, "_enter", enter)
+    monkeypatch.setattr(driver, "library", lambda: stand_in)
+    monkeypatch.setattr(driver, "enter", enter)
     assert tensor_map.__wrapped__(3, 256, 1, 64, 8, 128, False) == b"\xab" * 128
     assert entered == [3]
 

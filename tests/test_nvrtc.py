@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer import nvrtc
+from gossamer import driver, nvrtc
 
 pytest.importorskip("cuda.core", reason="needs the extra: pip install 'gossamer[cuda]'")
 
@@ -129,9 +129,9 @@ def test_a_missing_driver_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None
     def absent(name: str) -> None:
         raise OSError(f"{name}: cannot open")
 
-    monkeypatch.setattr(nvrtc.ctypes, "CDLL", absent)
+    monkeypatch.setattr(driver.ctypes, "CDLL", absent)
     with pytest.raises(nvrtc.LaunchError, match="install the NVIDIA driver"):
-        nvrtc._driver.__wrapped__()
+        driver.library.__wrapped__()
 
 
 def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_pointers_come_first() -> None:
 @pytest.mark.parametrize("built", [True, False])
 def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyPatch, built: bool) -> None:
     """Through the native module, and without it through ctypes; the driver is a function of ours."""
-    ct, seen = nvrtc.ctypes, []
+    ct, seen = driver.ctypes, []
     numbers = [ct.c_uint] * 7
     kinds = {"P": ct.c_uint64, "i": ct.c_int32, "I": ct.c_uint32, "q": ct.c_int64, "Q": ct.c_uint64}
     kinds |= {"f": ct.c_float, "d": ct.c_double, "T": ct.c_uint8 * 128}
@@ -244,15 +244,15 @@ def test_a_launch_hands_the_driver_what_it_was_given(monkeypatch: pytest.MonkeyP
     class Driver:
         cuLaunchKernel = entry
 
-    monkeypatch.setattr(nvrtc, "_driver", Driver)
-    monkeypatch.setattr(nvrtc.native, "available", lambda: built)
+    monkeypatch.setattr(driver, "library", Driver)
+    monkeypatch.setattr(driver.native, "available", lambda: built)
     high = 0x7FFF_1234_5678_9AB0  # an address that no 32-bit argument holds
     values = [high, 2**64 - 16, -(2**31), bytes(range(128)), 2**32 - 1, -(2**63), 2**64 - 1, 0.5, 0.1]
-    launch = nvrtc._launcher.__wrapped__()
+    launch = driver.launcher.__wrapped__()
     assert launch(high + 16, "PPiTIqQfd", high + 32, 98304, (65535, 2, 3), (128, 4, 5), *values) == 7
     assert seen == [(high + 16, [65535, 2, 3, 128, 4, 5, 98304], high + 32, values, None)]
     for kind, value in ("i", 2**31), ("I", -1), ("q", 2**63), ("P", 0.5), ("T", 1):
-        with pytest.raises((RuntimeError, nvrtc.struct.error)):  # nanobind's bad cast is a RuntimeError
+        with pytest.raises((RuntimeError, driver.struct.error)):  # nanobind's bad cast is a RuntimeError
             launch(high, kind, 0, 0, (1, 1, 1), (1, 1, 1), value)
     with pytest.raises(ValueError):
         launch(high, "ii", 0, 0, (1, 1, 1), (1, 1, 1), 1)
@@ -264,8 +264,8 @@ def test_a_gpu_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         def cuGetErrorString(self, error: int, text: object) -> int:
             return 0
 
-    monkeypatch.setattr(nvrtc, "_driver", Driver)
-    monkeypatch.setattr(nvrtc, "_launcher", lambda: lambda *_: 46)  # CUDA_ERROR_DEVICE_UNAVAILABLE
+    monkeypatch.setattr(driver, "library", Driver)
+    monkeypatch.setattr(driver, "launcher", lambda: lambda *_: 46)  # CUDA_ERROR_DEVICE_UNAVAILABLE
     monkeypatch.setattr(nvrtc, "_current_device", lambda: -1)
     monkeypatch.setattr(nvrtc, "_current_stream", lambda device: 0)
     function = nvrtc.Function("scale.cuh", "scale", "P")

@@ -14,34 +14,29 @@ torch.compile cannot trace it.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import importlib
-import os
 import pkgutil
 import re
-import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import machine, native
+from . import driver, machine
+from .driver import LaunchError
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 OLDEST = (8, 0)
 SOURCES = Path(__file__).parent / "cuda"
 CACHE_BYTES = 256 << 20
-STATIC_SHARED = 48 << 10  # bytes of shared memory that a block gets without asking
 EXTRA = "fix: pip install 'gossamer[cuda]'"
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _DIGEST = hashlib.sha256().digest_size
-_STRUCT = {"T": "128s"}  # kinds of arguments that `struct` does not have
-_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not touched the GPU yet
 _address = torch.Tensor.data_ptr
 # What torch's own generated code calls; a build without CUDA lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", None) or torch.cuda.current_device
@@ -53,10 +48,6 @@ _lock = threading.RLock()
 
 class CompileError(RuntimeError):
     """A device source does not compile; the message is the compiler's log, with file and line."""
-
-
-class LaunchError(RuntimeError):
-    """The driver refused a kernel or the GPU is gone; the message says what to do."""
 
 
 class Function:
@@ -98,13 +89,13 @@ class Function:
             with torch.cuda.device(device):
                 return self.launch(grid, block, *args, shared=shared)
         values = *map(_address, args[: self._pointers]), *args[self._pointers :]  # type: ignore[arg-type]
-        stream, launch = _current_stream(device), _launcher()
+        stream, launch = _current_stream(device), driver.launcher()
         error = launch(handle, self.args, stream, shared, grid, block, *values)
-        if error == _NO_CONTEXT:
-            _enter(device)
+        if error == driver.NO_CONTEXT:
+            driver.enter(device)
             error = launch(handle, self.args, stream, shared, grid, block, *values)
         if error:
-            raise LaunchError(f"{self!r}: grid {grid}, block {block}, {shared} bytes shared: {_explain(error)}")
+            raise LaunchError(f"{self!r}: grid {grid}, block {block}, {shared} bytes shared: {driver.explain(error)}")
 
     def _load(self, device: int) -> int:
         """The driver's handle of this function on one device."""
@@ -112,22 +103,13 @@ class Function:
             raise LaunchError(f"{self!r} needs a tensor on a GPU as its first argument; fix: move it there")
         with _lock, torch.cuda.device(device):
             if device not in self._handles:
-                _enter(device)
-                self._handles[device] = _uncaptured(self._find, device)
+                driver.enter(device)
+                self._handles[device] = driver.uncaptured(self._find, device)
             return self._handles[device]
 
     def _find(self, device: int) -> int:
-        from cuda.bindings import driver  # type: ignore[attr-defined]
-
         library = _library(self.file, self.macros, arch(device))
-        kernel = _checked(driver.cuLibraryGetKernel(library, self.entry.encode()), self)
-        function = _checked(driver.cuKernelGetFunction(kernel), self)
-        if (found := _parameters(function)) != (wanted := _sizes(self.args)):
-            raise LaunchError(f"{self!r} takes parameters of {found} bytes, its `args` say {wanted}; fix: `args`")
-        if self.shared > STATIC_SHARED:
-            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuFuncSetAttribute(function, most, self.shared), self)
-        return int(function)
+        return driver.function(library, self.entry, self.args, self.shared, self)
 
 
 def refusal(device: torch.device) -> str | None:
@@ -143,7 +125,7 @@ def _refusal(index: int) -> str | None:
         return "a GPU of compute capability 8.0 (Ampere) or later"
     try:
         _core()
-        _driver()
+        driver.library()
     except (ImportError, LaunchError) as error:
         return f"a working CUDA compiler: {error}"
     return None
@@ -284,98 +266,6 @@ def _core() -> _Core:
 
 
 @cache
-def _launcher() -> Callable[..., int]:
-    """(function, kinds, stream, shared, grid, block, *values) -> error. Costs less than cuda.core's way."""
-    entry = _driver().cuLaunchKernel
-    if native.available():
-        return partial(native.require().cuda_launch, ctypes.cast(entry, ctypes.c_void_p).value)
-    return partial(_launch, entry)
-
-
-def _launch(
-    entry: Any, function: int, kinds: str, stream: int, shared: int, grid: tuple, block: tuple, *values: float | bytes
-) -> int:
-    """What native/launch.h does, for an installation without native code."""
-    packed = [struct.pack(_STRUCT.get(kind, kind), value) for kind, value in zip(kinds, values, strict=True)]
-    buffers = [ctypes.create_string_buffer(p, len(p)) for p in packed]
-    table = (ctypes.c_void_p * len(buffers))(*map(ctypes.addressof, buffers))
-    numbers = map(ctypes.c_uint, (*grid, *block, shared))
-    return entry(ctypes.c_void_p(function), *numbers, ctypes.c_void_p(stream), table, None)
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    """The CUDA driver."""
-    try:
-        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError as error:
-        raise LaunchError(f"the CUDA driver does not load: {error}; fix: install the NVIDIA driver") from error
-
-
-@cache
 def _library(file: str, macros: tuple[tuple[str, str], ...], arch: str) -> Any:
     """A binary given to the driver, once per process: it serves every device of this arch."""
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    binary = compile(file, dict(macros), arch)
-    return _checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0), file)
-
-
-def _enter(device: int) -> None:
-    """Make the context that torch uses on this device current in this thread."""
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    torch.cuda.init()
-    _checked(driver.cuCtxSetCurrent(_context(device)), f"GPU {device}")
-
-
-@cache
-def _context(device: int) -> Any:
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    return _checked(driver.cuDevicePrimaryCtxRetain(device), f"GPU {device}")
-
-
-def _uncaptured(find: Callable[[int], int], device: int) -> int:
-    """`find(device)`, allowed to load code while this thread captures a CUDA graph."""
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = _checked(driver.cuThreadExchangeStreamCaptureMode(relaxed), "capture")
-    try:
-        return find(device)
-    finally:
-        driver.cuThreadExchangeStreamCaptureMode(before)
-
-
-def _checked(result: tuple, what: object) -> Any:
-    error, *values = result
-    if error:
-        raise LaunchError(f"{what}: {_explain(int(error))}")
-    return values[0] if values else None
-
-
-def _explain(error: int) -> str:
-    text = ctypes.c_char_p()
-    _driver().cuGetErrorString(error, ctypes.byref(text))
-    said = f"CUDA error {error}, {(text.value or b'unknown').decode()}"
-    if error in (1, 701):  # invalid value, too many resources requested
-        return f"{said}; fix: the grid, block or shared memory asked for is more than this GPU has"
-    lost = "the GPU is gone, or a kernel before this one has failed"
-    return f"{said}; {lost}; fix: start a new process, with CUDA_LAUNCH_BLOCKING=1 to see which"
-
-
-def _parameters(function: Any) -> list[int]:
-    """Size in bytes of every parameter of a loaded function."""
-    from cuda.bindings import driver  # type: ignore[attr-defined]
-
-    sizes = []
-    while True:
-        error, _, size = driver.cuFuncGetParamInfo(function, len(sizes))
-        if error:
-            return sizes
-        sizes.append(int(size))
-
-
-def _sizes(args: str) -> list[int]:
-    return [struct.calcsize(_STRUCT.get(a, a)) for a in args]
+    return driver.load(compile(file, dict(macros), arch), file)

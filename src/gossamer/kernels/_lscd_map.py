@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import lru_cache
 
-from .. import nvrtc
+from .. import driver
 
 COLUMNS = 64  # of one block: 128 bytes, whose pieces of 16 are swizzled in shared memory
 BYTES, ALIGNMENT = 128, 64
@@ -20,7 +20,7 @@ def tensor_map(device: int, address: int, tokens: int, cols: int, most_tokens: i
     """The map of x [tokens, cols] at `address` of a GPU, rows end to end, for boxes of `most_tokens` by `deep` columns.
 
     It has three dimensions: the columns of a block, tokens, blocks. `address` is a multiple of 16, `cols` and `deep`
-    are multiples of COLUMNS. Raises ValueError where `cols` is not, nvrtc.LaunchError where the driver refuses.
+    are multiples of COLUMNS. Raises ValueError where `cols` is not, driver.LaunchError where the driver refuses.
     """
     if cols % COLUMNS:
         raise ValueError(f"x has {cols} columns, not in blocks of {COLUMNS}; fix: pad x")
@@ -32,11 +32,11 @@ def tensor_map(device: int, address: int, tokens: int, cols: int, most_tokens: i
     modes = _NOT_INTERLEAVED, _SWIZZLE_128B, _PROMOTE_L2_256B, _ZEROS_OUTSIDE
     place, kind = ctypes.c_void_p(ctypes.addressof(buffer) + skipped), _BFLOAT16 if bf16 else _FLOAT16
     given = place, kind, 3, ctypes.c_void_p(address), dims, strides, box, steps, *modes
-    encode = nvrtc._driver().cuTensorMapEncodeTiled
+    encode = driver.library().cuTensorMapEncodeTiled
     error = encode(*given)
-    if error == nvrtc._NO_CONTEXT:
-        nvrtc._enter(device)
+    if error == driver.NO_CONTEXT:
+        driver.enter(device)
         error = encode(*given)
     if error:
-        raise nvrtc.LaunchError(f"a tensor map of x [{tokens}, {cols}] at {address:#x}: {nvrtc._explain(error)}")
+        raise driver.LaunchError(f"a tensor map of x [{tokens}, {cols}] at {address:#x}: {driver.explain(error)}")
     return buffer.raw[skipped : skipped + BYTES]

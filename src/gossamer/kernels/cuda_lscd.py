@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
+from ..driver import STATIC_SHARED
 from ..formats import Format
 from ..formats.bitmask import Bitmask
 from . import Case, Kernel, KernelError, Packed
@@ -38,7 +39,7 @@ def function(tiles: int, bf16: bool, words: bool, team: int, pair: int, cluster:
 
 # For the tests: every number of tiles with every kind of team, every value of the rest. All would take a minute.
 VARIANTS = tuple(
-    function(tiles, tiles in (1, 4), tiles in (1, 8), team, pair, cluster, nvrtc.STATIC_SHARED)
+    function(tiles, tiles in (1, 4), tiles in (1, 8), team, pair, cluster, STATIC_SHARED)
     for (team, pair), threads in THREADS.items()
     for tiles, cluster in zip(threads, (1, 2, 1, 2, 4), strict=False)
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import nvrtc
+from ..driver import STATIC_SHARED
 from ..formats import Format
 from ..formats.nm24 import NM
 from . import Case, Kernel, KernelError, Packed
@@ -35,7 +36,7 @@ def function(tiles: int, bf16: bool, pair: int, cluster: int, shared: int) -> nv
 
 # For the tests: every number of tiles with both kinds of warps, every value of the rest.
 VARIANTS = tuple(
-    function(tiles, tiles in (1, 4), pair, cluster, nvrtc.STATIC_SHARED)
+    function(tiles, tiles in (1, 4), pair, cluster, STATIC_SHARED)
     for pair in WARPS
     for tiles, cluster in zip(TILES, (1, 2, 4, 1), strict=True)
 )
