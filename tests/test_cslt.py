@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gossamer
-from gossamer import cslt, cslt_search, patterns
+from gossamer import cslt, cslt_library, cslt_search, patterns
 from gossamer.cslt import CsltError, Problem
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Case, KernelError
@@ -28,17 +28,17 @@ def test_what_the_library_takes() -> None:
 
 def test_a_machine_without_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cslt.refusal(torch.device("cpu")) == "an NVIDIA GPU"
-    monkeypatch.setattr(cslt, "NAME", "libnothing.so")
+    monkeypatch.setattr(cslt_library, "NAME", "libnothing.so")
     with pytest.raises(CsltError, match=r"does not load; fix: pip install nvidia-cusparselt-cu13"):
-        cslt._load()
+        cslt_library._load()
 
 
 def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cslt, "_version", lambda found: (0, 7))
-    monkeypatch.setattr(cslt, "_load", lambda: _Anything())
-    cslt.library.cache_clear()
+    monkeypatch.setattr(cslt_library, "_version", lambda found: (0, 7))
+    monkeypatch.setattr(cslt_library, "_load", lambda: _Anything())
+    cslt_library.library.cache_clear()
     with pytest.raises(CsltError, match=r"cuSPARSELt is 0.7, at least 0.8 is needed"):
-        cslt.library()
+        cslt_library.library()
 
 
 @pytest.mark.parametrize("built", [True, False])
@@ -81,7 +81,7 @@ def test_algorithms_that_kill_the_process_are_left_out(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cslt, "Plan", Many)
     for version, count in (((0, 8), 28), ((0, 9), 52)):
-        monkeypatch.setattr(cslt, "version", lambda version=version: version)
+        monkeypatch.setattr(cslt_library, "version", lambda version=version: version)
         assert len(list(cslt_search._candidates(Problem(64, 64, 64, H, H), 0))) == count
         assert len(list(cslt_search._candidates(Problem(64, 64, 64, B, B), 0))) == 52
 

@@ -1,30 +1,26 @@
 """cuSPARSELt, NVIDIA's products with a 2:4 matrix, through ctypes: plans, workspaces and algorithms kept.
 
 torch's own operator builds and destroys descriptors and plan on every call, 0.5 to 1 ms of the host's time; a kept plan
-costs a few microseconds. The library is the one that torch brings (`nvidia-cusparselt`), 0.8 or later. Which algorithm
-to take is what `cslt_search.py` finds out. Call it from inside an op: torch.compile cannot trace it.
+costs a few microseconds. Which algorithm to take is what `cslt_search.py` finds out. Call it from inside an op:
+torch.compile cannot trace it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
+from .cslt_library import CsltError, Struct, call, check, handle, library, refusal
 
-OLDEST = (0, 8)  # its structures have 512 bytes
-NAME = "cusparseLt.dll" if os.name == "nt" else "libcusparseLt.so.0"
-FIX = "fix: pip install nvidia-cusparselt-cu13 (torch's CUDA wheels bring it)"
 TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 INTEGER, FLOAT = 0, 2  # cusparseComputeType
 PLAIN, TRANSPOSED = 0, 1  # cusparseOperation_t
@@ -33,10 +29,6 @@ BIAS = 8  # cusparseLtMatmulDescAttribute_t
 CONFIG, CONFIGS, SPLIT, SPLIT_MODE = 0, 1, 3, 4  # cusparseLtMatmulAlgAttribute_t
 ALIGNMENT = 16  # bytes, of every matrix
 MAX_PLANS = 1024
-
-
-class CsltError(RuntimeError):
-    """cuSPARSELt is missing or refused a product; the message says what to do."""
 
 
 class Problem(NamedTuple):
@@ -80,107 +72,6 @@ def multiple(dtype: torch.dtype) -> int:
     return 32 // dtype.itemsize
 
 
-class _Struct:
-    """512 opaque bytes, 16-byte aligned, that the library fills."""
-
-    def __init__(self) -> None:
-        self.memory = ctypes.create_string_buffer(512 + 16)
-        self.at = (ctypes.addressof(self.memory) + 15) // 16 * 16
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The library, with the arguments of its functions declared. CsltError if it does not load or is too old."""
-    found = _load()
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    signatures: dict[str, list[Any]] = {
-        "GetVersion": [pointer, pointer],
-        "Init": [pointer],
-        "DenseDescriptorInit": [pointer, pointer, number, number, number, ctypes.c_uint32, ctypes.c_int, ctypes.c_int],
-        "MatmulDescriptorInit": [pointer, pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 4, ctypes.c_int],
-        "MatmulDescSetAttribute": [pointer, pointer, ctypes.c_int, pointer, ctypes.c_size_t],
-        "MatmulAlgSelectionInit": [pointer, pointer, pointer, ctypes.c_int],
-        "MatmulAlgSetAttribute": [pointer, pointer, ctypes.c_int, pointer, ctypes.c_size_t],
-        "MatmulAlgGetAttribute": [pointer, pointer, ctypes.c_int, pointer, ctypes.c_size_t],
-        "MatmulGetWorkspace": [pointer, pointer, pointer],
-        "MatmulPlanInit": [pointer] * 4,
-        "MatmulPlanDestroy": [pointer],
-        "MatDescriptorDestroy": [pointer],
-        "Matmul": [*[pointer] * 10, ctypes.c_int32],
-        "SpMMACompressedSize2": [pointer] * 4,
-        "SpMMACompress2": [pointer, pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 4],
-    }
-    signatures["StructuredDescriptorInit"] = [*signatures["DenseDescriptorInit"], ctypes.c_int]
-    for name, arguments in signatures.items():
-        getattr(found, f"cusparseLt{name}").argtypes = arguments
-    found.cusparseLtGetErrorString.restype = ctypes.c_char_p
-    if (said := _version(found)) < OLDEST:
-        raise CsltError(f"cuSPARSELt is {said[0]}.{said[1]}, at least 0.8 is needed; {FIX}")
-    return found
-
-
-def version() -> tuple[int, int]:
-    """Major and minor. CsltError if the library does not load."""
-    return _version(library())
-
-
-def _version(found: ctypes.CDLL) -> tuple[int, int]:
-    numbers = (ctypes.c_int * 2)()
-    for i in range(2):
-        found.cusparseLtGetProperty(i, ctypes.byref(numbers, 4 * i))
-    return numbers[0], numbers[1]
-
-
-def _load() -> ctypes.CDLL:
-    # torch, where it is a CUDA build, has it in memory already; its name suffices then.
-    sites = {Path(torch.__file__).parents[1], *(Path(p) for p in sys.path if p)}
-    folders = [site / "nvidia" / part / "lib" for site in sorted(sites) for part in ("cusparselt", "cu13", "cu12")]
-    for place in [NAME, *(str(folder / NAME) for folder in folders if (folder / NAME).exists())]:
-        try:
-            return ctypes.CDLL(place)
-        except OSError:
-            continue
-    raise CsltError(f"cuSPARSELt ({NAME}) does not load; {FIX}")
-
-
-def refusal(device: torch.device) -> str | None:
-    """Why there is no cuSPARSELt on this device (it completes "it needs ..."), or None if there is."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return "an NVIDIA GPU"
-    return _refusal(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@cache
-def _refusal(index: int) -> str | None:
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return "a GPU of compute capability 8.0 (Ampere) or later, with sparse tensor cores"
-    try:
-        handle(index)
-    except CsltError as error:
-        return f"a working cuSPARSELt: {error}"
-    return None
-
-
-@cache
-def handle(index: int) -> int:
-    """The library's handle of one GPU: an address, for good."""
-    found = _Struct()
-    with torch.cuda.device(index):
-        torch.cuda.current_stream().synchronize()  # so that the device's context is there and current
-        _check(library().cusparseLtInit(found.at), "cusparseLtInit")
-    _kept.append(found)
-    return found.at
-
-
-_kept: list[_Struct] = []  # what addresses were given out of
-
-
-def _check(status: int, what: str) -> None:
-    if status:
-        said = (library().cusparseLtGetErrorString(status) or b"unknown").decode()
-        raise CsltError(f"{what}: error {status}, {said}; fix: run it dense, or update nvidia-cusparselt")
-
-
 class Plan:
     """A product that the library is ready to run, by one algorithm on one GPU."""
 
@@ -188,13 +79,13 @@ class Plan:
         if reason := problem.refuses():
             raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
         self.problem, self.algorithm, self._handle = problem, algorithm, handle(index)
-        self._a, self._b, self._d, self._product, self._choice, self._plan = (_Struct() for _ in range(6))
+        self._a, self._b, self._d, self._product, self._choice, self._plan = (Struct() for _ in range(6))
         with torch.cuda.device(index):
             self._describe(problem)
             self._select(algorithm)
-            _call("MatmulPlanInit", self._handle, self._plan.at, self._product.at, self._choice.at)
+            call("MatmulPlanInit", self._handle, self._plan.at, self._product.at, self._choice.at)
             size = ctypes.c_size_t()
-            _call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
+            call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
         self.workspace = size.value
         self._numbers = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
         self._index = index
@@ -202,33 +93,33 @@ class Plan:
 
     def _describe(self, p: Problem) -> None:
         sparse = p.rows, p.depth, p.depth, ALIGNMENT, TYPES[p.dtype], ROWS
-        _call("StructuredDescriptorInit", self._handle, self._a.at, *sparse, 0)
+        call("StructuredDescriptorInit", self._handle, self._a.at, *sparse, 0)
         right = (p.columns, p.depth) if p.b_rows else (p.depth, p.columns)
-        _call("DenseDescriptorInit", self._handle, self._b.at, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
+        call("DenseDescriptorInit", self._handle, self._b.at, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
         lead, order = (p.rows, COLUMNS) if p.d_rows else (p.columns, ROWS)
-        _call("DenseDescriptorInit", self._handle, self._d.at, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
+        call("DenseDescriptorInit", self._handle, self._d.at, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
         compute = INTEGER if p.dtype == torch.int8 else FLOAT
         operands = self._a.at, self._b.at, self._d.at, self._d.at
         op = TRANSPOSED if p.b_rows else PLAIN
-        _call("MatmulDescriptorInit", self._handle, self._product.at, PLAIN, op, *operands, compute)
+        call("MatmulDescriptorInit", self._handle, self._product.at, PLAIN, op, *operands, compute)
         if p.bias:
             self._attribute(BIAS, ctypes.c_void_p(p.bias))
 
     def _attribute(self, name: int, value: Any) -> None:
         size = ctypes.sizeof(value)
-        _call("MatmulDescSetAttribute", self._handle, self._product.at, name, ctypes.byref(value), size)
+        call("MatmulDescSetAttribute", self._handle, self._product.at, name, ctypes.byref(value), size)
 
     def _select(self, algorithm: Algorithm) -> None:
-        _call("MatmulAlgSelectionInit", self._handle, self._choice.at, self._product.at, 0)
+        call("MatmulAlgSelectionInit", self._handle, self._choice.at, self._product.at, 0)
         for name, value in zip((CONFIG, SPLIT, SPLIT_MODE), algorithm, strict=True):
             if value or name == CONFIG:
                 number = ctypes.c_int(value)
-                _call("MatmulAlgSetAttribute", self._handle, self._choice.at, name, ctypes.byref(number), 4)
+                call("MatmulAlgSetAttribute", self._handle, self._choice.at, name, ctypes.byref(number), 4)
 
     def configs(self) -> int:
         """How many there are to choose from."""
         found = ctypes.c_int()
-        _call("MatmulAlgGetAttribute", self._handle, self._choice.at, CONFIGS, ctypes.byref(found), 4)
+        call("MatmulAlgGetAttribute", self._handle, self._choice.at, CONFIGS, ctypes.byref(found), 4)
         return found.value
 
     def run(self, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
@@ -239,7 +130,7 @@ class Plan:
         stream = _stream(self._index)
         space = _space(self._index, stream, self.workspace) if self.workspace else 0
         if status := self._run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
-            _check(status, f"cusparseLtMatmul of {self.problem}")
+            check(status, f"cusparseLtMatmul of {self.problem}")
         return d
 
     def bind(self, a: Tensor, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -254,7 +145,7 @@ class Plan:
             d, stream = _empty(shape, strides, dtype), _stream(index)
             space = _space(index, stream, size) if size else 0
             if status := run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
-                _check(status, f"cusparseLtMatmul of {self.problem}")
+                check(status, f"cusparseLtMatmul of {self.problem}")
             return d
 
         return product
@@ -303,11 +194,6 @@ _empty = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None) or (  # p
 )
 
 
-def _call(name: str, *args: Any) -> None:
-    if status := getattr(library(), f"cusparseLt{name}")(*args):
-        _check(status, f"cusparseLt{name}")
-
-
 _plans: OrderedDict[tuple[Problem, Algorithm, int], Plan] = OrderedDict()
 _lock = threading.Lock()
 
@@ -325,13 +211,13 @@ def plan(problem: Problem, algorithm: Algorithm, index: int) -> Plan:
 
 
 @cache
-def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[_Struct, int, int]:
+def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[Struct, int, int]:
     """The description of a sparse matrix, its bytes compressed, and those that compressing takes besides."""
-    described, sizes = _Struct(), (ctypes.c_size_t * 2)()
+    described, sizes = Struct(), (ctypes.c_size_t * 2)()
     shape = rows, depth, depth, ALIGNMENT, TYPES[dtype], ROWS
-    _call("StructuredDescriptorInit", handle(index), described.at, *shape, 0)
+    call("StructuredDescriptorInit", handle(index), described.at, *shape, 0)
     first = ctypes.addressof(sizes)
-    _call("SpMMACompressedSize2", handle(index), described.at, first, first + ctypes.sizeof(ctypes.c_size_t))
+    call("SpMMACompressedSize2", handle(index), described.at, first, first + ctypes.sizeof(ctypes.c_size_t))
     return described, sizes[0], sizes[1]
 
 
@@ -348,7 +234,7 @@ def compress(a: Tensor) -> Tensor:
     described, size, extra = _sizes(a.shape[0], a.shape[1], a.dtype, index)
     out, space = (torch.empty(n, dtype=torch.uint8, device=a.device) for n in (size, extra))
     where = a.data_ptr(), out.data_ptr(), space.data_ptr(), _stream(index)
-    _call("SpMMACompress2", handle(index), described.at, 1, PLAIN, *where)
+    call("SpMMACompress2", handle(index), described.at, 1, PLAIN, *where)
     return out
 
 

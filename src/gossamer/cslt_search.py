@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import cslt
+from . import cslt, cslt_library
 from .cslt import Algorithm, CsltError, Problem
 
 log = logging.getLogger("gossamer")
@@ -67,7 +67,7 @@ UNSAFE = {((0, 8), torch.float16): 28}
 def _candidates(problem: Problem, index: int) -> Iterator[Algorithm]:
     """Without one that is known to kill the process."""
     count = cslt.Plan(problem, Algorithm(0), index).configs()
-    for config in range(min(count, UNSAFE.get((cslt.version(), problem.dtype), count))):
+    for config in range(min(count, UNSAFE.get((cslt_library.version(), problem.dtype), count))):
         yield Algorithm(config)
 
 
