@@ -100,7 +100,7 @@ def emit(args: argparse.Namespace, case: dict, ours: float, base: float, unit: s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="a real language model, pruned, on one GPU")
     parser.add_argument("model", nargs="?")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))

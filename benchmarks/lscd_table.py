@@ -50,10 +50,10 @@ def tables() -> str:
     out += ["|---|" + "---|" * len(SPARSITIES)]
     row = (f"{sputnik[s]['value']:.2f} ({sputnik[s]['must']:g})" if s in sputnik else "" for s in SPARSITIES)
     out.append("| geometric mean (must) | " + " | ".join(row) + " |")
-    prepared = [x["ratio"] for k, x in cells.items() if k[3] == DISPATCHED]
+    ratios = [x["ratio"] for k, x in cells.items() if k[3] == DISPATCHED]
     out += [
         "",
-        f"The slowest of {len(prepared)} cells of prepared layers, against dense: {min(prepared):.3f}x (0.97).",
+        f"The slowest of {len(ratios)} cells of prepared layers, against dense: {min(ratios):.3f}x (0.97).",
     ]
     return "\n".join([*out, ""])
 
