@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class Run:
     warmup: int = 100
     seed: int = 0
     every: int = 25
-    products: str = "dense"  # or "sparse": on sparse tensor cores
+    products: Literal["dense", "sparse"] = "dense"  # what multiplies: "sparse" is for sparse tensor cores
 
     def rate(self, step: int) -> float:
         """Warm-up, then a cosine to a tenth."""
