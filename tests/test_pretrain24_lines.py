@@ -4,8 +4,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-LINES = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pretrain24_lines.py"))
+from gossamer.train import FST, SSTE, sparsify
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LINES = runpy.run_path(str(BENCHMARKS / "pretrain24_lines.py"))
 ABOUT = {"machine": "M", "commit": "c", "date": "d"}
 
 
@@ -104,3 +108,16 @@ def test_runs_of_other_data_or_without_dense_are_refused():
         LINES["check_equal"](ours | {"steps": 99}, dense)
     with pytest.raises(SystemExit, match="has no dense run; fix"):
         LINES["dense_of"](ours | {"seed": 7}, [dense, ours])
+
+
+def test_masks_that_differ_or_cut_tiles_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    masks = runpy.run_path(str(BENCHMARKS / "pretrain24_scale.py"))["masks"]
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparse = sparsify(net, FST(dense_tail=0), filter="*")
+    assert masks(sparse) == {"same_on_all_ranks": True, "whole_tiles": True}
+    mask = sparse.layers[1].state()["mask"]
+    mask.copy_(mask.roll(1, 0))
+    assert masks(sparse) == {"same_on_all_ranks": True, "whole_tiles": False}
+    assert masks(sparsify(nn.Linear(8, 8), SSTE(), filter="*")) == {"same_on_all_ranks": True}

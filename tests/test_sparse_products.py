@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gossamer import patterns
+from gossamer.cslt import Problem
 from gossamer.train import FST, Dense, ffn24, sparsify
 from gossamer.train.products import Products
 from gossamer.train.sparse_products import SparseProducts
@@ -64,6 +65,18 @@ def test_the_ops_keep_the_rules_of_torch() -> None:
 def test_weights_that_are_not_2_of_4_are_refused() -> None:
     with pytest.raises(ValueError, match="are not 2:4, sparse products would prune them; fix"):
         sparsify(nn.Linear(8, 8), Dense(), filter="*", products="sparse")
+
+
+def test_gpus_and_sizes_without_sparse_products_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn24.worth.cache_clear()
+    fits = Problem(32, 32, 32, torch.bfloat16, torch.bfloat16)
+    monkeypatch.setattr(ffn24.cslt, "refusal", lambda device: "a GPU of compute capability 8.0 (Ampere) or later")
+    assert ffn24.worth(fits, 0) is None
+    ffn24.worth.cache_clear()
+    monkeypatch.setattr(ffn24.cslt, "refusal", lambda device: None)
+    monkeypatch.setattr(ffn24.cslt_search, "best", lambda *_: pytest.fail("a size that the library refuses was tried"))
+    assert all(ffn24.worth(fits._replace(**odd), 0) is None for odd in ({"rows": 20}, {"depth": 40}, {"columns": 12}))
+    ffn24.worth.cache_clear()
 
 
 @pytest.mark.gpu
