@@ -119,5 +119,5 @@ def test_captured_steps_train_as_with_dense_products(
         assert bool(calls) == (products == "sparse")
     for dense, sparse in zip(*curves, strict=True):
         assert sparse["loss"] == pytest.approx(dense["loss"], abs=apart)
-    assert curves[1][-1]["loss"] < 0.8 * curves[1][0]["loss"]
+    assert curves[1][-1]["loss"] < 3.3  # 26 letters by chance: 3.26 nats; it begins at 5.5
     assert len(set(calls)) == {"s_ste": 2, "fst_no_mvue": 2, "fst": 4}[method]
