@@ -8,7 +8,7 @@ from torch import nn
 
 from gossamer import patterns
 from gossamer.cslt import Problem
-from gossamer.train import FST, Dense, ffn24, sparsify
+from gossamer.train import FST, SSTE, Dense, ffn24, sparsify
 from gossamer.train.products import Products
 from gossamer.train.sparse_products import SparseProducts
 
@@ -92,6 +92,21 @@ def test_all_three_sparse(dtype: torch.dtype, all_worth: None) -> None:
         (ours.grad_weight(dz, x), dense.grad_weight(dz, x), 1.0),
     ):
         assert float((found.float() - expected.float()).norm() / expected.float().norm()) < loose
+
+
+@pytest.mark.gpu
+def test_a_projection_of_s_ste_multiplies_as_exactly_as_dense(all_worth: None) -> None:
+    layer = nn.Linear(128, 192, bias=False, device="cuda")
+    with torch.no_grad():
+        layer.weight[:64].mul_(torch.rand(64, 128, device="cuda") < 0.3)  # groups with three zeros and four
+        layer.weight[64:72].fill_(0.01)  # ties
+    sparsify(layer, SSTE(), filter=lambda name, module: True)
+    w, x = layer.projected().bfloat16(), torch.randn(512, 128, device="cuda", dtype=torch.bfloat16)
+    exact = x.double() @ w.double().mT
+    ours, dense = (
+        float((p.forward(x, w).double() - exact).norm() / exact.norm()) for p in (SparseProducts(), Products())
+    )
+    assert 0 < ours < 1.05 * dense < 0.01
 
 
 @pytest.mark.gpu
