@@ -100,7 +100,7 @@ def test_a_projection_of_s_ste_multiplies_as_exactly_as_dense(all_worth: None) -
     with torch.no_grad():
         layer.weight[:64].mul_(torch.rand(64, 128, device="cuda") < 0.3)  # groups with three zeros and four
         layer.weight[64:72].fill_(0.01)  # ties
-    sparsify(layer, SSTE(), filter=lambda name, module: True)
+    (layer,) = sparsify(layer, SSTE(), filter=lambda name, module: True).layers
     w, x = layer.projected().bfloat16(), torch.randn(512, 128, device="cuda", dtype=torch.bfloat16)
     exact = x.double() @ w.double().mT
     ours, dense = (

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gossamer import patterns
-from gossamer.train import FST, SRSTE, SSTE, Dense, sparsify
+from gossamer.train import FST, SRSTE, SSTE, Dense, sharding, sparsify
 
 RANKS, STEPS, BATCH = 2, 6, 8
 METHODS = {
@@ -230,6 +232,22 @@ def test_sharding_before_the_swap_or_each_layer_changes_nothing(found, case):
     name = case.partition(" ")[2]
     for rank in found:
         assert_same(rank[case], expected(METHODS[name]))
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_parts_are_those_of_torch_however_a_weight_is_cut(rank):
+    """Of 4 ranks without the others: what is whole everywhere is cut without talking to them."""
+    dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        full = torch.arange(60).view(6, 10)
+        line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+        ways = [(line, [Shard(0)]), (line, [Shard(1)]), (line, [Replicate()]), (grid, [Shard(0), Shard(0)])]
+        for mesh, how in [*ways, (grid, [Shard(0), Shard(1)]), (grid, [Replicate(), Shard(0)])]:
+            for whole in (full, full[:3], full[:1]):
+                like = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(placements=how)
+                assert torch.equal(sharding.part(whole, like), like.to_local()), (how, whole.shape)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_mixed_precision_ends_2_of_4_near_full_precision(found):
