@@ -293,12 +293,18 @@ def main() -> None:
     warm_compiler()
     timing.LAUNCHES = 10
     memory.Memory.recall = lambda self, n: None  # every choice is made afresh
+    wrong: list[str] = []
     for name in names:
         if time.monotonic() - start > asked.seconds:
             return print("out of time before", name)
         pattern = generated(asked.work, name)
-        cells(name, pattern[0], spmm_matrices.csr(pattern, torch.device("cuda")))
+        try:
+            cells(name, pattern[0], spmm_matrices.csr(pattern, torch.device("cuda")))
+        except ArithmeticError as error:
+            wrong.append(str(error))
         torch.cuda.empty_cache()
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":
