@@ -95,6 +95,9 @@ def test_what_is_no_matrix_is_refused() -> None:
     for wrong in ([1, 2], object(), torch.zeros(3), torch.zeros(2, 2, 2)):
         with pytest.raises(FormatError):
             SparseMatrix(wrong)
+    for wrong in (torch.eye(3) * 1j, scipy.sparse.csr_array(np.eye(3) * 1j)):
+        with pytest.raises(FormatError, match="complex values are not multiplied; fix"):
+            SparseMatrix(wrong)
     with pytest.raises(ValueError, match="fp32, tf32, fp16, bf16; fix"):
         SparseMatrix(random(), "int8")
 
@@ -114,6 +117,9 @@ def test_wrong_operands_are_refused() -> None:
             a @ wrong
     with pytest.raises(ValueError, match="fix: B.to"):
         a @ torch.randn(90, 2, device="meta")
+    for wrong in (torch.ones(90, 2, dtype=torch.int64), torch.ones(90, 2) * 1j, torch.ones(90, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="fix: B.float"):
+            a @ wrong
 
 
 def test_a_matrix_larger_than_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

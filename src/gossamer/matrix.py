@@ -120,6 +120,8 @@ class SparseMatrix:
             raise ValueError(f"B is {tuple(b.shape)}, A takes [{inner}, N] or [{inner}]; fix: reshape it")
         if b.device != self.values.device:
             raise ValueError(f"B is on {b.device}, A on {self.values.device}; fix: B.to(A.device) or A.to(B.device)")
+        if not b.is_floating_point():
+            raise ValueError(f"B has {b.dtype}, and the result would have it, too; fix: B.float()")
         flat = b.unsqueeze(1) if b.ndim == 1 else b
         out = torch.ops.gossamer.spmm(self.values, flat.to(self.values.dtype), self._handle, transposed).to(b.dtype)
         return out.squeeze(1) if b.ndim == 1 else out
