@@ -38,9 +38,8 @@ from gossamer.spmm.choice import Chooser
 from gossamer.spmm.kernels import cuda_rows, cuda_windows
 from gossamer.spmm.kernels import cusparse as cusparse_kernel
 from results import append, environment
-from spmm_lines import PRECISIONS, RESULTS, WIDTHS, summarise
+from spmm_lines import ERRORS, PRECISIONS, RESULTS, WIDTHS, summarise
 
-BOUNDS = {"fp16": 2e-3, "tf32": 1e-3, "fp32": 1e-5}
 BLOCKED = ("band64_16k", "band512_16k", "blockdiag64_shuffled")  # that all of cuSPARSE's block formats are tried on
 SMALL = 200_000  # entries; on larger matrices cuSPARSE's CSR_ALG1 was never the best, and very slow
 SECONDS = 0.003  # of timing per candidate, at least
@@ -138,7 +137,7 @@ def cell(
     expected = exact_product(a32 if precision == "tf32" else a, b)
     for key, run in runners.items():
         error = relative_error(found := run(), expected)
-        if not error <= BOUNDS[precision]:
+        if not error <= ERRORS[precision]:
             raise ArithmeticError(f"{name} {key} N={n} {precision}: relative error {error:.1e}")
         worst = max(worst, error)
         if not all(torch.equal(found, run()) for _ in range(2)):
