@@ -16,6 +16,7 @@ predicting, reordering and packing took.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import math
 import os
@@ -146,7 +147,7 @@ def cell(
     times = timed(runners | others)
     candidates = {k: round(times[k], 2) for k in runners}
     stored = "fp16" if precision == "fp16" else "fp32"
-    own = {f"cusparse_{stored}_{label_of(k)}": k for k in runners if "cusparse" in k and "cut" not in k}
+    own = {f"cusparse_{stored}_{label_of(k)}": k for k in runners if "cusparse" in k}
     baseline = base | {k: times[k] for k in others} | {k: times[v] for k, v in own.items()}
     baseline = {k: round(v, 2) for k, v in baseline.items()}
     choosing = choosing_ms(default, n)
@@ -277,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real matrices")
     parser.add_argument("--work", type=Path, default=Path("/tmp/gossamer_spmm"), help="folder for the generated ones")
-    parser.add_argument("--only", nargs="*", help="names of matrices")
+    parser.add_argument("--only", nargs="*", help="names of matrices, in the order to be measured")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no matrix after so many")
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--packing", action="store_true")
@@ -285,12 +286,13 @@ def main() -> None:
     if asked.summarise or asked.packing:
         return summarise() if asked.summarise else packing()
     start = time.monotonic()
-    names = [n for n in spmm_matrices.patterns(asked.data) if not asked.only or n in asked.only]
+    names = asked.only or list(spmm_matrices.patterns(asked.data))
     asked.work.mkdir(exist_ok=True)
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(generate, asked.work, asked.data), names))
     warm_compiler()
     timing.LAUNCHES = 10
+    gc.freeze()  # torch collects garbage before every capture
     memory.Memory.recall = lambda self, n: None  # every choice is made afresh
     wrong: list[str] = []
     for name in names:

@@ -18,6 +18,7 @@ from .kernels import cusparse
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
 MEASURED = 4  # ways that a measurement compares, at least
 REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
+NEAR = 1.25  # the same for a second kernel of ours in a short race: there, it costs nothing but an opportunity
 SECONDS = 0.005  # of timing per way
 SHOWN = 4
 Race = Callable[[Mapping[str, duel.Call]], dict[str, float]]
@@ -174,12 +175,13 @@ class Chooser:
         return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
 
     def _rivals(self, n: int) -> list[Way]:
-        """The best predicted of ours and of every part of the library that is predicted to come near."""
-        predicted, found = self.predicted(n), {}
-        limit = REACH * min(predicted.values())
+        """The pick, and the best predicted of every other kernel and of Blocked-ELL, where they should come near."""
+        predicted = self.predicted(n)
+        least, found = min(predicted.values()), {}
         for way, us in predicted.items():
-            if us <= limit:
-                found.setdefault(_part(way), way)
+            ours = way.kernel not in model.LIBRARY and any(w.kernel not in model.LIBRARY for w in found.values())
+            if not found or us <= (NEAR if ours else REACH) * least:
+                found.setdefault((way.kernel, "ell" in dict(way.knobs)), way)
         return list(found.values())
 
     def _timed(self, n: int, ways: Sequence[Way], race: Race) -> dict[Way, float]:
@@ -213,10 +215,3 @@ class Chooser:
             said = ", ".join(f"{w} {us:.1f}" for w, us in list(times.items())[:SHOWN])
             lines.append(f"N = {n}: {way}; {'measured' if measured else 'predicted'} us: {said}")
         return "\n".join(lines)
-
-
-def _part(way: Way) -> str:
-    """Ours, or the part of the library that it is."""
-    if way.kernel not in model.LIBRARY:
-        return "ours"
-    return "ell" if "ell" in dict(way.knobs) else way.kernel

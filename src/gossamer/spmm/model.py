@@ -89,7 +89,7 @@ def described(way: Way, stats: Stats, n: int, size: int) -> tuple[Hashable, tupl
         return (way.kernel, knobs.get("tf32", False), size), _dense(stats, n, size)
     if "ell" in knobs:
         return (way.kernel, "ell", size), _ell(stats, n, size, knobs["ell"])
-    return (way.kernel, knobs["alg"], size), _csr(stats, n, size, **knobs)
+    return (way.kernel, knobs["alg"], size), _csr(stats, n, size)
 
 
 def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[float, ...]:
@@ -114,12 +114,11 @@ def _rows(stats: Stats, n: int, size: int, unroll: int, team: int) -> tuple[floa
     return 1, *moved, max(alone, whole), float(stats.longest > cut.limit), stats.shape[0] * tiles * lanes * par / 1e6
 
 
-def _csr(stats: Stats, n: int, size: int, alg: int, cut: int | None = None) -> tuple[float, ...]:
+def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
     """Launch, MB of B far and near, and as it lies, of A, of C, doublings of the longest row, 10^6 rows."""
-    longest = min(stats.longest, cut or stats.longest)
     moved = *_gathered(stats, n, size), stats.shape[1] * n * size / 1e6
     rest = stats.nnz * (size + 4) / 1e6, _result(stats, n, size)
-    return 1, *moved, *rest, math.log2(1 + longest), stats.shape[0] / 1e6
+    return 1, *moved, *rest, math.log2(1 + stats.longest), stats.shape[0] / 1e6
 
 
 def _gathered(stats: Stats, n: int, size: int) -> tuple[float, float]:

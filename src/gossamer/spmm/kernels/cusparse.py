@@ -1,9 +1,8 @@
 """cuSPARSE: its algorithms for CSR, and Blocked-ELL where blocks of 32 x 32 are well filled.
 
 Two runs of its CSR_ALG2 hardly ever agree to the bit, those of CSR_ALG3 agree unless float32 rows are long: seen to
-differ with rows of 953 entries and more, never below 500 (benchmarks/results/spmm.jsonl, `unstable`). So longer rows
-are cut: the pieces are rows of their own below the others, and we add them up in their order. CSR_ALG2 adds up what is
-rounded already, so that 16 bits are no candidate for it.
+differ with rows of 953 entries and more, never below 500 (benchmarks/results/spmm.jsonl, `unstable`). CSR_ALG2 adds up
+what is rounded already, so that 16 bits are no candidate for it.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ... import cusparse, nvrtc
-from .. import KIND, Csr, Packed, SpmmKernel, Way
-from .cuda_rows import THREADS, cut_rows, function
+from ... import cusparse
+from .. import Csr, Packed, SpmmKernel, Way
 
 ALGORITHMS = {2: cusparse.ALG2, 3: cusparse.ALG3}
 BLOCK = 32  # of Blocked-ELL; 16 was never faster
@@ -43,21 +41,19 @@ class Cusparse(SpmmKernel):
             for i in ALGORITHMS
             if repeats(a, i) or not (deterministic or a.dtype != torch.float32)
         ]
-        if not repeats(a, 3) and deterministic and nvrtc.refusal(a.device) is None:
-            found.append(Way(cls.name, (("alg", 3), ("cut", STEADY))))
         return [*found, Way(cls.name, (("ell", BLOCK),))] if suits_blocks(a) else found
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
-        meta = {"shape": list(a.shape), "plans": {}, "left": None}
         if "ell" in knobs:
             tensors = blocks_of(a, knobs["ell"])
             left = cusparse.blocked_ell(a.shape[1], *tensors) if a.nnz else None
-            return Packed(tensors, meta | {"algorithm": cusparse.BLOCKED_ELL, "left": left})
-        a, *longs = cut(a, knobs["cut"]) if "cut" in knobs else (a,)
-        tensors = a.pointers.to(torch.int32), a.cols, a.values, *longs
-        left = cusparse.csr(a.shape, *tensors[:3]) if a.nnz else None
-        return Packed(tensors, meta | {"algorithm": ALGORITHMS[knobs["alg"]], "left": left})
+            meta = {"algorithm": cusparse.BLOCKED_ELL}
+        else:
+            tensors = a.pointers.to(torch.int32), a.cols, a.values
+            left = cusparse.csr(a.shape, *tensors) if a.nnz else None
+            meta = {"algorithm": ALGORITHMS[knobs["alg"]]}
+        return Packed(tensors, meta | {"shape": list(a.shape), "left": left, "plans": {}})
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
@@ -67,10 +63,6 @@ class Cusparse(SpmmKernel):
         b = b if b.stride(1) == 1 and b.stride(0) >= n else b.clone(memory_format=torch.contiguous_format)
         c = b.new_empty(meta["left"].shape[0], n)
         plan_for(b, meta).run(b, c)
-        if len(packed) == 4:  # rows are cut
-            longs, grid = packed[3], (len(packed[3]), -(-n // THREADS), 1)
-            total = function(KIND[b.dtype], 1, 1, 1, 1, "spmm_rows_sum")
-            total.launch(grid, (THREADS, 1, 1), longs, c[m:], c, n)
         return c[:m]
 
 
@@ -89,21 +81,6 @@ def repeats(a: Csr, algorithm: int) -> bool:
     """Do two runs agree to the bit?"""
     short = a.dtype != torch.float32 or not a.nnz or int(a.lengths.max()) <= STEADY
     return ALGORITHMS[algorithm] == cusparse.ALG3 and short
-
-
-def cut(a: Csr, most: int) -> tuple[Csr, Tensor]:
-    """A with its rows of more than `most` entries emptied and their pieces as rows below it.
-
-    Also those rows, int32 [L, 3] of (row, first piece, end piece), where pieces are counted from A's last row on.
-    """
-    segments, longs, _ = cut_rows(a.pointers, most)
-    pieces = segments[segments[:, 3] >= 0]
-    pieces = pieces[torch.argsort(pieces[:, 3])].long()
-    long = a.lengths > most
-    lengths = torch.cat([torch.where(long, 0, a.lengths), pieces[:, 2] - pieces[:, 1]])
-    order = torch.argsort(long[a.rows].to(torch.uint8), stable=True)
-    pointers = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Csr((len(lengths), a.shape[1]), pointers, a.cols[order], a.values[order]), longs
 
 
 def suits_blocks(a: Csr) -> bool:
