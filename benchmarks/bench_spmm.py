@@ -209,30 +209,33 @@ def extra(name: str, a: Csr) -> list[str]:
     return ["alg2"] + ["alg1"] * (a.nnz < SMALL) + (["ell16", "ell32", "bsr16"] if name in BLOCKED else [])
 
 
-def packing() -> None:
+def packing(folder: Path, data: Path) -> None:
     """Milliseconds from a torch.sparse tensor on the GPU to a packed matrix, without what only the first one costs."""
-    for name, make in LARGE.items():
-        a = spmm_matrices.csr(make(), torch.device("cuda")).torch()
-        took = [_packed_in(a) for _ in range(4)][1:]
+    for name in LARGE:
+        generate(folder, data, name)
+        a = spmm_matrices.csr(generated(folder, name), torch.device("cuda")).torch()
+        took, ways = zip(*[_packed_in(a) for _ in range(4)][1:], strict=True)
         line = {"bench": "spmm", "summary": "packing_ms", "case": {"matrix": name, "nnz": a.values().numel()}}
+        line["case"] |= {"choice": "default"}
         line |= {"value": round(1e3 * max(took), 1), "sense": "<=", "must": 1000, "unit": "ms", "n": len(took)}
         append(RESULTS, line | {k: environment("cuda")[k] for k in ("machine", "commit", "date")})
-        print(name, a.values().numel(), [round(1e3 * t, 1) for t in took], "ms", flush=True)
+        print(name, a.values().numel(), [round(1e3 * t, 1) for t in took], "ms", *ways, flush=True)
 
 
-def _packed_in(a: torch.Tensor) -> float:
+def _packed_in(a: torch.Tensor) -> tuple[float, str]:
+    """Seconds, and what was chosen."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    SparseMatrix(a, "fp16").prepare(128)
+    packed = SparseMatrix(a, "fp16").prepare(128)
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, str(packed.way(128))
 
 
 def generate(folder: Path, data: Path, name: str) -> None:
     """Keeps a pattern in `folder`, so that all are made side by side before the GPU is needed."""
     path = folder / f"{name.replace('%', '')}.npz"
     if not path.exists():
-        kind, shape, rows, cols = spmm_matrices.patterns(data)[name]()
+        kind, shape, rows, cols = (LARGE[name] if name in LARGE else spmm_matrices.patterns(data)[name])()
         np.savez(path, kind=kind, shape=shape, rows=rows.astype(np.int32), cols=cols.astype(np.int32))
 
 
@@ -283,17 +286,17 @@ def main() -> None:
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--packing", action="store_true")
     asked = parser.parse_args()
+    asked.work.mkdir(exist_ok=True)
+    memory.Memory.recall = lambda self, n: None  # every choice is made afresh
     if asked.summarise or asked.packing:
-        return summarise() if asked.summarise else packing()
+        return summarise() if asked.summarise else packing(asked.work, asked.data)
     start = time.monotonic()
     names = asked.only or list(spmm_matrices.patterns(asked.data))
-    asked.work.mkdir(exist_ok=True)
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(generate, asked.work, asked.data), names))
     warm_compiler()
     timing.LAUNCHES = 10
     gc.freeze()  # torch collects garbage before every capture
-    memory.Memory.recall = lambda self, n: None  # every choice is made afresh
     wrong: list[str] = []
     for name in names:
         if time.monotonic() - start > asked.seconds:
