@@ -18,7 +18,7 @@ from .kernels import cusparse
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
 MEASURED = 4  # ways that a measurement compares, at least
 REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
-NEAR = 1.25  # the same for a second kernel of ours in a short race: there, it costs nothing but an opportunity
+NEAR = 1.25  # the same for a second kernel of ours in a short race, where only the library must not be missed
 SECONDS = 0.005  # of timing per way
 SHOWN = 4
 Race = Callable[[Mapping[str, duel.Call]], dict[str, float]]
