@@ -40,9 +40,7 @@ def quantized_whole(a: Tensor, scale: float | None = None) -> tuple[Tensor, floa
         scale = float(a.abs().amax()) / MOST if a.numel() else 1.0
         scale = scale or 1.0
     if not 0.0 < scale < float("inf"):
-        raise ValueError(
-            f"cuda_fp8.quantized_whole: scale is {scale}; fix: give a positive finite one, of finite values"
-        )
+        raise ValueError(f"cuda_fp8.quantized_whole: the scale is {scale}; fix: give a positive one, finite values")
     return ((a.float() / scale).clamp(-MOST, MOST) + 0.0).to(E4M3), scale
 
 
@@ -60,10 +58,10 @@ def multiply(x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Te
     library's algorithms on the first use of a shape; CsltError where there is none, ValueError for operands that are
     not of one product.
     """
-    rows = scale.shape[0] if scale.dim() == 1 else -1
-    algorithm = _ready("multiply", x, rows, packed, (x_scale, scale), bias)
-    if x_scale.shape != x.shape[:1] or scale.dtype != torch.float32 or x_scale.dtype != scale.dtype:
+    if any(t.dtype != torch.float32 or t.dim() != 1 for t in (x_scale, scale)) or len(x_scale) != len(x):
         raise ValueError("cuda_fp8.multiply takes x in e4m3 and float32 scales of its rows; fix: pass quantized(x)")
+    rows = len(scale)
+    algorithm = _ready("multiply", x, rows, packed, (x_scale, scale), bias)
     y = cslt.matmul(packed, _problem(rows, x), cslt.aligned(x), algorithm)
     bias = _none(x.device) if bias is None else cslt.aligned(bias.to(torch.bfloat16))
     grid = len(x), -(-rows // 2048), 1
@@ -110,7 +108,7 @@ def _ready(
     """The algorithm for operands that are what these products take; `cslt.matmul` looks at the shape of `packed`."""
     if reason := refusal(x.device):
         raise cslt.CsltError(f"cuda_fp8.{name} needs {reason}; fix: multiply in bfloat16")
-    if x.dtype != E4M3 or x.dim() != 2 or rows < 0:
+    if x.dtype != E4M3 or x.dim() != 2:
         raise ValueError(
             f"cuda_fp8.{name} takes x [T, K] in e4m3, not {x.dtype} {tuple(x.shape)}; fix: pass quantized(x)"
         )
