@@ -5,10 +5,11 @@
 Under CUDA graphs, where every call takes the next of several copies of its weight, together over 150 MB. Baseline: the
 fastest of torch's dense products, in both orders of the operands. Summaries: "decode_geomean" over all shapes and 1 to
 64 tokens by `cuda_nm24`; "prefill_geomean" over shapes whose sides are 4,096 or more at 4,096 or more tokens by
-`cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of cuSPARSELt against `torch._scaled_mm` on the same,
-with one scale and with scales of rows (variant); and "host_us", microseconds of the host for a call of
-`cuda_nm24_vendor` as a layer makes it; lines beside it say what the layer itself and the op through torch's dispatcher
-take, and torch's own dense product.
+`cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of `cuda_fp8` against `torch._scaled_mm` on the same,
+both with a scale for each operand, and with scales of rows (variant; no bar); "worst_dispatched" of layers as
+`gossamer.prepare` leaves them against `nn.Linear`, in a graph and eager (variant), many layers one after the other; and
+"host_us", microseconds of the host for a call of `cuda_nm24_vendor` as a layer makes it; lines beside it say what the
+layer itself and the op through torch's dispatcher take, and torch's own dense product.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from gossamer import cslt, cslt_search, cuda_fp8
-from gossamer.cslt import Problem
-from gossamer.dispatch import Step
+import gossamer
+from gossamer import cslt, cuda_fp8
+from gossamer.dispatch import Step, route
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Kernel
@@ -35,68 +35,22 @@ from gossamer.kernels.cuda_lscd import CudaLscd
 from gossamer.kernels.cuda_nm24 import CudaNm24
 from gossamer.kernels.cuda_nm24_vendor import CudaNm24Vendor
 from gossamer.nn import SparseLinear
+from nm24_timing import COLD_BYTES, ROUNDS, Call, captured, copies, eager, graphed, host_us, in_a_row, in_turns
 from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192, 16384)
 LARGE = 4096
-ROUNDS = 40  # of 50 calls, of which the host's time is taken
-COLD_BYTES = 150 << 20
-MUST = {"decode_geomean": 1.35, "prefill_geomean": 1.42, "fp8_geomean": 1.25, "host_us": 15.0}
+DISPATCHED = [(1024, 4096), *SHAPES[:4]], (1, 16, 64, 128, 512, 4096)
+MUST = {"decode_geomean": 1.35, "prefill_geomean": 1.42, "fp8_geomean": 1.25, "host_us": 15.0, "worst_dispatched": 0.97}
 TOLERANCE = 4e-3  # relative (Frobenius), of two products in bfloat16
-FP8 = torch.float8_e4m3fn
-Call = Callable[[], object]
 
 
 def two_of_four(m: int, k: int) -> Tensor:
     fours = torch.randn(m * k // 4, 4, device="cuda", dtype=torch.bfloat16)
     keep = torch.zeros_like(fours, dtype=torch.bool).scatter_(1, torch.rand_like(fours).topk(2, 1).indices, True)
     return (fours * keep).view(m, k)
-
-
-def graphed(calls: Sequence[Call], repeats: int = 5) -> tuple[float, float]:
-    """Median microseconds a call, and interquartile range / median; all calls in one graph."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    return timed(graph.replay, len(calls), repeats)
-
-
-def eager(calls: Sequence[Call], repeats: int = 5) -> tuple[float, float]:
-    """The same without a graph, waiting before every round: what the host costs shows where it is the longer."""
-    for call in calls:
-        call()
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return timed(run, len(calls), repeats)
-
-
-def timed(run: Call, count: int, repeats: int) -> tuple[float, float]:
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    low, median, high = statistics.quantiles(times, n=4)
-    return median, (high - low) / median
-
-
-def copies(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    return [tuple(t.clone() for t in tensors) for _ in range(max(2, -(-COLD_BYTES // size)))]
 
 
 def dense_calls(a: Tensor, x: Tensor) -> list[list[Call]]:
@@ -128,21 +82,27 @@ class Report:
     def __init__(self, path: Path) -> None:
         self.path, self.ratios = path, dict[str, list[float]]()
 
-    def line(self, case: dict, ours: float, spread: float, baseline: str, value: float, group: str = "") -> None:
-        line = {"bench": "nm24_gemm", "case": case, "ours": ours, "baseline": baseline, "baseline_value": value}
+    def line(
+        self, case: dict, ours: float, spread: float, baseline: str, value: float, group: str = "", **more: str
+    ) -> None:
+        line = {"bench": "nm24_gemm", "case": case, "ours": ours, "baseline": baseline, "baseline_value": value} | more
         append(self.path, line | {"unit": "us", "ratio": value / ours, "spread": spread} | environment("cuda"))
         print(case, f"{ours:.1f} us, {baseline} {value:.1f}: {value / ours:.2f}x", flush=True)
         if group:
             self.ratios.setdefault(group, []).append(value / ours)
 
-    def summary(self, group: str, case: dict, value: float, n: int, unit: str = "x", sense: str = ">=") -> None:
+    def summary(
+        self, group: str, case: dict, value: float, n: int, unit: str = "x", sense: str = ">=", barred: bool = True
+    ) -> None:
+        must = MUST[group] if barred else None
         line = {"bench": "nm24_gemm", "summary": group, "case": case, "value": value, "sense": sense}
-        append(self.path, line | {"must": MUST[group], "unit": unit, "n": n} | environment("cuda"))
-        print(group, case, f"{value:.3f}", f"(must be {sense} {MUST[group]})", flush=True)
+        append(self.path, line | {"must": must, "unit": unit, "n": n} | environment("cuda"))
+        print(group, case, f"{value:.3f}", f"(must be {sense} {must})" if barred else "", flush=True)
 
-    def geomean(self, group: str, case: dict, key: str) -> None:
+    def geomean(self, group: str, case: dict, key: str, barred: bool = True) -> None:
         if ratios := self.ratios.get(key):
-            self.summary(group, case, math.exp(statistics.fmean(map(math.log, ratios))), len(ratios))
+            mean = math.exp(statistics.fmean(map(math.log, ratios)))
+            self.summary(group, case, mean, len(ratios), barred=barred)
 
 
 def decode(report: Report) -> None:
@@ -159,7 +119,7 @@ def decode(report: Report) -> None:
             report.line(case, ours, spread, "dense", dense, "decode")
             if n in (1, 16, 64):
                 other = graphed(kernel_calls(CudaLscd, mask.tensors, mask.meta, x))[0]
-                report.line(case, ours, spread, "cuda_lscd", other)
+                report.line(case | {"variant": "decode, against cuda_lscd"}, ours, spread, "cuda_lscd", other)
     report.geomean("decode_geomean", {}, "decode")
 
 
@@ -180,37 +140,74 @@ def prefill(report: Report) -> None:
 
 def fp8(report: Report) -> None:
     for m, k in SHAPES:
+        a = two_of_four(m, k)
         for n in PREFILL[3:]:
-            problem = Problem(m, k, n, FP8, torch.bfloat16)
-            if not (found := cslt_search.best(problem, 0)):
-                print("no algorithm for", problem)
-                continue
-            a, x = two_of_four(m, k).to(FP8), torch.randn(n, k, device="cuda").to(FP8)
-            one = torch.ones((), device="cuda")
-            scaled = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-            calls = [partial(cslt.matmul, w[0], problem, x, found[0]) for w in copies([cslt.compress(a)])]
-            ours, spread = graphed(calls)
-            dense = graphed([partial(scaled, x, w[0].mT) for w in copies([a])])[0]
+            x = torch.randn(n, k, device="cuda", dtype=a.dtype)
             case = {"shape": [m, k], "tokens": n, "dtype": "float8_e4m3fn", "variant": "prefill, graph"}
+            dense, (ours, spread) = fp8_whole(x, a)
             report.line(case, ours, spread, "torch._scaled_mm", dense, "fp8")
-            scales = torch.rand(n, 1, device="cuda") + 0.5, torch.rand(1, m, device="cuda") + 0.5
-            dense, (ours, spread) = fp8_rows(x, a, *scales)
-            report.line(
-                case | {"variant": "prefill, graph, scales of rows"}, ours, spread, "torch._scaled_mm", dense, "rows"
-            )
+            dense, (ours, spread) = fp8_rows(x, a)
+            by_rows = case | {"variant": "prefill, graph, scales of rows"}
+            report.line(by_rows, ours, spread, "torch._scaled_mm", dense, "rows")
     report.geomean("fp8_geomean", {}, "fp8")
-    report.geomean("fp8_geomean", {"variant": "scales of rows"}, "rows")
+    report.geomean("fp8_geomean", {"variant": "scales of rows"}, "rows", barred=False)
 
 
-def fp8_rows(x: Tensor, a: Tensor, x_scale: Tensor, scale: Tensor) -> tuple[float, tuple[float, float]]:
-    """With a scale for every row of x [N, 1] and of A [1, M]: dense, and ours."""
-    scaled = partial(torch._scaled_mm, scale_a=x_scale, scale_b=scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-    flat = x_scale.flatten(), scale.flatten()
+def fp8_whole(x: Tensor, a: Tensor) -> tuple[float, tuple[float, float]]:
+    """With a scale for x and one for the weight: dense, which reads them on the GPU, and ours."""
+    (x8, x_scale), (a8, scale) = cuda_fp8.quantized_whole(x), cuda_fp8.quantized_whole(a)
+    scales = (torch.tensor(s, device="cuda") for s in (x_scale, scale))
+    return compared(x8, a8, scales, lambda packed: cuda_fp8.multiply_whole(x8, x_scale, packed, scale, len(a)))
+
+
+def fp8_rows(x: Tensor, a: Tensor) -> tuple[float, tuple[float, float]]:
+    """With a scale for every row of x and of the weight: dense, and ours."""
+    (x8, x_scale), (a8, scale) = cuda_fp8.quantized(x), cuda_fp8.quantized(a)
+    scales = x_scale.unsqueeze(1), scale.unsqueeze(0)
+    return compared(x8, a8, scales, lambda packed: cuda_fp8.multiply(x8, x_scale, packed, scale))
+
+
+def compared(
+    x: Tensor, a: Tensor, scales: Iterable[Tensor], ours: Callable[[Tensor], Tensor]
+) -> tuple[float, tuple[float, float]]:
+    out = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    scaled = partial(torch._scaled_mm, **dict(zip(("scale_a", "scale_b"), scales, strict=True)), **out)
     packed = cslt.compress(a)
-    y, expected = cuda_fp8.multiply(x, flat[0], packed, flat[1])[:256], scaled(x, a.mT)[:256]
+    y, expected = ours(packed)[:256], scaled(x, a.mT)[:256]
     assert float((y.double() - expected.double()).norm() / expected.double().norm()) < 2e-2
-    ours = graphed([partial(cuda_fp8.multiply, x, flat[0], own[0], flat[1]) for own in copies([packed])])
-    return graphed([partial(scaled, x, own[0].mT) for own in copies([a])])[0], ours
+    found = graphed([partial(ours, own[0]) for own in copies([packed])])
+    return graphed([partial(scaled, x, own[0].mT) for own in copies([a])])[0], found
+
+
+def dispatched(report: Report) -> None:
+    shapes, sizes = DISPATCHED
+    for m, k in shapes:
+        weights = [two_of_four(m, k) for _ in range(max(2, -(-COLD_BYTES // (2 * m * k))))]
+        layers = nn.ModuleList([SparseLinear.from_format(NM.encode(a)) for a in weights])
+        gossamer.prepare(layers, tokens=sizes, dtype=weights[0].dtype)
+        dense = [linear_of(a) for a in weights]
+        for n in sizes:
+            x = torch.randn(n, k, device="cuda", dtype=weights[0].dtype)
+            for variant, how in (("graph", captured), ("eager", in_a_row)):
+                with torch.inference_mode():
+                    checked(layers[0](x), weights[0], x)
+                    (ours, spread), (value, _) = in_turns(how(calls_of(layers, x)), how(calls_of(dense, x)))
+                case = {"shape": [m, k], "tokens": n, "dtype": "bfloat16", "variant": f"dispatched, {variant}"}
+                kernel = route(layers[0].layout).way(n)[0].kernel  # type: ignore[arg-type]
+                report.line(case, ours, spread, "torch.nn.Linear", value, f"dispatched {variant}", kernel=kernel)
+    for variant in ("graph", "eager"):
+        ratios = report.ratios[f"dispatched {variant}"]
+        report.summary("worst_dispatched", {"variant": variant}, min(ratios), len(ratios))
+
+
+def linear_of(a: Tensor) -> nn.Linear:
+    found = nn.Linear(a.shape[1], a.shape[0], bias=False, device="meta")
+    found.weight = nn.Parameter(a, requires_grad=False)
+    return found
+
+
+def calls_of(layers: Iterable[nn.Module], x: Tensor) -> list[Call]:
+    return [partial(layer, x) for layer in layers]
 
 
 def host(report: Report) -> None:
@@ -237,21 +234,7 @@ def host(report: Report) -> None:
     report.summary("host_us", {}, found["call"][0], ROUNDS, "us", "<=")
 
 
-def host_us(call: Call) -> tuple[float, float]:
-    """Median microseconds of the host's until a call returns, and interquartile range / median; few enough wait."""
-    rounds = []
-    for turn in range(ROUNDS + 1):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(50):
-            call()
-        if turn:
-            rounds.append((time.perf_counter() - begin) / 50 * 1e6)
-    low, median, high = statistics.quantiles(rounds, n=4)
-    return median, (high - low) / median
-
-
-PARTS = {"host": host, "decode": decode, "prefill": prefill, "fp8": fp8}
+PARTS = {"host": host, "decode": decode, "prefill": prefill, "fp8": fp8, "dispatched": dispatched}
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """What several test files need, and which tests a machine without a GPU leaves out."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,33 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def legacy_folder(tmp_path: Path, tiny_folder: Path) -> Path:
+    """The tiny model pruned 2:4, as compressed-tensors used to write it (sparse-24-bitmask)."""
+    from safetensors.torch import load_file, save_file
+
+    from gossamer import patterns
+    from gossamer.formats.bitmask import pack_bits
+
+    folder = tmp_path / "legacy"
+    shutil.copytree(tiny_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    for name in [n for n in state if "_proj" in n]:
+        weight = state.pop(name)
+        mask = patterns.nm(weight.abs())
+        layer = name.removesuffix(".weight")
+        state[f"{layer}.shape"] = torch.tensor(weight.shape).view(-1, 1)
+        state[f"{layer}.compressed"] = weight[mask].view(weight.shape[0], -1)
+        state[f"{layer}.bitmask"] = pack_bits(mask)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "dense"}
+    config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask", "ignore": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
     return folder
 
 

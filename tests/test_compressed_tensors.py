@@ -1,16 +1,15 @@
 """Sparse checkpoints of compressed-tensors: what its version 0.9.4 writes, whole models, and damaged ones."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gossamer import patterns
-from gossamer.formats.bitmask import Bitmask, pack_bits
+from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
 from gossamer.hub import compressed_tensors
 from gossamer.hub.source import open_model
@@ -74,26 +73,10 @@ def test_damage_has_a_name(tmp_path: Path, damage: dict[str, Tensor | None], mes
         list(compressed_tensors.read(folder))
 
 
-def test_a_model_of_two_blocks(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_model_of_two_blocks(legacy_folder: Path, tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path / "legacy"
-    shutil.copytree(tiny_folder, folder)
-    state = load_file(folder / "model.safetensors")
-    for name in [n for n in state if "_proj" in n]:
-        weight = state.pop(name)
-        mask = patterns.nm(weight.abs())
-        layer = name.removesuffix(".weight")
-        state[f"{layer}.shape"] = torch.tensor(weight.shape).view(-1, 1)
-        state[f"{layer}.compressed"] = weight[mask].view(weight.shape[0], -1)
-        state[f"{layer}.bitmask"] = pack_bits(mask)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "dense"}
-    config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask", "ignore": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-
-    model, tokenizer = open_model(folder)
+    model, tokenizer = open_model(legacy_folder)
     layers = sparse_layers(model)
     assert len(layers) == 14 and {layer.spec["format"] for layer in layers.values()} == {"nm24"}
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()

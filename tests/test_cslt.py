@@ -1,18 +1,24 @@
 """cuSPARSELt: what can be said without a GPU; with one every layout of operands, graphs and wrong algorithms."""
 
+import contextlib
 import ctypes
+import pickle
+import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gossamer
-from gossamer import cslt, cslt_library, cslt_search, patterns
+from gossamer import cslt, cslt_library, cslt_search, dispatch, patterns
 from gossamer.cslt import CsltError, Problem
 from gossamer.formats.nm24 import NM
-from gossamer.kernels import Case, KernelError
+from gossamer.kernels import Case, KernelError, cuda_nm24_vendor
 from gossamer.kernels.cuda_nm24_vendor import CudaNm24Vendor
 from gossamer.nn import SparseLinear
+from gossamer.train import ffn24
 
 B, H, F8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 
@@ -58,8 +64,42 @@ def test_a_product_hands_the_library_what_it_was_given(monkeypatch: pytest.Monke
     monkeypatch.setattr(cslt.native, "available", lambda: built)
     high = 0x7FFF_1234_5678_9A00  # an address that no 32-bit argument holds
     handle, plan, numbers, a, b, d, space, stream = (high + 16 * i for i in range(8))
-    assert cslt._runner(handle, plan, numbers)(a, b, d, space, stream) == 7
+    assert cslt._runner(handle, plan)(numbers, a, b, d, space, stream) == 7
     assert seen == [(handle, plan, numbers, a, b, numbers + 4, d, d, space, stream, 1)]
+
+
+def test_one_scale_for_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """alpha reaches the library as a float on the host, beta is 0, and a plan forgets it."""
+    seen = []
+
+    def entry(numbers: int, *addresses: int) -> int:
+        seen.append(tuple((ctypes.c_float * 2).from_address(numbers)))
+        return 0
+
+    monkeypatch.setattr(cslt, "_current_device", lambda: 0)
+    monkeypatch.setattr(cslt, "_stream", lambda index: 0)
+    plan: Any = SimpleNamespace(_index=0, workspace=0, _run=entry, problem=None)
+    a, b, d = torch.zeros(3, 4).unbind()
+    for alpha in (1.0, 0.375, 1.0):
+        assert cslt.Plan.run(plan, a, b, d, alpha) is d
+    assert cslt.Plan.run(plan, a, b, d) is d
+    assert seen == [(1.0, 0.0), (0.375, 0.0), (1.0, 0.0), (1.0, 0.0)]
+
+
+def test_operands_of_another_problem_are_refused() -> None:
+    p, a = Problem(64, 128, 16, B, B), torch.zeros(64 * 128 * 9 // 8, dtype=torch.uint8)
+    for b, message in (
+        (torch.zeros(16, 120, dtype=B), r"bfloat16 \(16, 128\) on the right, not torch.bfloat16 \(16, 120\); fix"),
+        (torch.zeros(128, 16, dtype=B), r"not torch.bfloat16 \(128, 16\); fix"),
+        (torch.zeros(16, 128, dtype=H), r"not torch.float16 \(16, 128\); fix"),
+        (torch.zeros(128, 16, dtype=B).mT, "a contiguous right operand at an aligned address; fix: pass cslt.aligned"),
+        (torch.zeros(16 * 128 + 1, dtype=B)[1:].view(16, 128), "at an aligned address; fix"),
+        (torch.zeros(16, 128, dtype=B), "both operands on one GPU, not on cpu and cpu; fix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cslt.matmul(a, p, b, cslt.Algorithm(0))
+    with pytest.raises(ValueError, match=r"\(128, 24\) on the right, not"):
+        cslt.matmul(a, p._replace(columns=24, b_rows=False), torch.zeros(24, 128, dtype=B), cslt.Algorithm(0))
 
 
 class _Anything:
@@ -70,6 +110,108 @@ class _Anything:
 def test_compressing_needs_a_gpu() -> None:
     with pytest.raises(CsltError, match="cuSPARSELt needs an NVIDIA GPU; fix: run it dense"):
         cslt.compress(torch.zeros(64, 64, dtype=B))
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "said"), [((7, 5), "8.0 .Ampere. or later"), ((9, 0), "a working cuSPARSELt: no")]
+)
+def test_without_sparse_tensor_cores_or_the_library_all_is_dense(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], said: str
+) -> None:
+    def handle(index: int) -> int:
+        raise CsltError("no library; fix: get one")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cslt_library, "handle", handle)
+    monkeypatch.setattr(cslt_library, "_refusal", cslt_library._refusal.__wrapped__)
+    a = NM.encode(torch.where(patterns.nm(torch.rand(64, 64)), 1.0, 0.0).bfloat16())
+    case = Case(a.spec(), GPU, B, 512)
+    assert re.search(said, CudaNm24Vendor.refuses(case) or "")
+    assert CudaNm24Vendor not in dispatch.eligible(case) and not CudaNm24Vendor.fits({}, GPU)
+    ffn24.worth.cache_clear()  # type: ignore[attr-defined]
+    assert ffn24.worth(Problem(4096, 4096, 4096, B, B), 0) is None
+
+
+def test_running_out_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial without room for its operands raises; the next one finds what there is."""
+    p, found, full = Problem(64, 1024, 48, B, B), cslt.Algorithm(7), [True, True]
+
+    def trials(problem: Problem, index: int):
+        if full and full.pop():
+            raise torch.OutOfMemoryError("full")
+        yield found, 3.0, None
+
+    monkeypatch.setattr(cslt_search, "trials", trials)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cslt, "refusal", lambda device: None)
+    monkeypatch.setattr(cslt_search, "dense_time", lambda problem, index: 100.0)
+    cslt_search.best.cache_clear()
+    ffn24.worth.cache_clear()  # type: ignore[attr-defined]
+    with pytest.raises(torch.OutOfMemoryError):
+        cslt_search.best(p, 0)
+    assert ffn24.worth(p, 0) is None  # dense, this time
+    assert ffn24.worth(p, 0) == found and cslt_search.best(p, 0) == (found, 3.0)
+    cslt_search.best.cache_clear()
+    ffn24.worth.cache_clear()  # type: ignore[attr-defined]
+
+
+def test_what_another_machine_packed_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpickled where the GPU or the library is another, a layer forgets cuSPARSELt's bytes and algorithms."""
+    a = torch.where(patterns.nm(torch.rand(16, 32)), 1.0, 0.0).bfloat16()
+    layer = SparseLinear.from_format(NM.encode(a))
+    stored, here = layer.parts(), [[9, 0], [0, 8]]
+    monkeypatch.setattr(CudaNm24Vendor, "device", "cpu")
+    monkeypatch.setattr(cslt, "refusal", lambda device: None)
+    monkeypatch.setattr(cuda_nm24_vendor, "_maker", lambda device: here)
+    meta = {"rows": 16, "cols": 32, "bf16": True, "algorithms": []}  # dense, so that it runs here
+    for made_by in (here, [[10, 0], [0, 8]], [[9, 0], [0, 9]], None):
+        forged = meta if made_by is None else meta | {"made_by": made_by}
+        layer.use(B, [(512, (dispatch.Step(CudaNm24Vendor.name, (len(stored),), forged),))], [a])
+        loaded = pickle.loads(pickle.dumps(layer))
+        assert loaded.prepared is (made_by == here)
+        assert torch.equal(loaded.decode(), a)
+
+
+class _Plan:
+    """What a plan computes, in torch; remembers how many tokens it was given."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.seen = seen
+
+    def run(self, a: Tensor, x: Tensor, d: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return d.copy_(x @ a.mT)
+
+    def bind(self, a: Tensor, shape: torch.Size):
+        return lambda x: self.run(a, x.view(-1, a.shape[1]), x.new_empty(shape[:-1].numel(), a.shape[0])).view(shape)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_few_tokens_are_padded_to_what_was_tried_out(monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
+    seen: list[int] = []
+    plans: list[int] = []
+
+    def plan(meta: dict, tokens: int, bias: Tensor | None, index: int) -> _Plan:
+        plans.append(tokens)
+        return _Plan(seen)
+
+    monkeypatch.setattr(cuda_nm24_vendor, "_plan", plan)
+    monkeypatch.setattr(cuda_nm24_vendor, "_ready", {})
+    a = torch.randn(16, 32).bfloat16()
+    meta = {"rows": 16, "cols": 32, "bf16": True, "algorithms": [[128, 0, 0, 0]]}
+    call = CudaNm24Vendor.bind([a], meta, None) if bound else lambda x: CudaNm24Vendor.run(x, [a], meta, None)
+    for _ in range(2):
+        for shape in ((0, 32), (2, 0, 32), (1, 32), (127, 32), (128, 32), (2, 64, 32), (131, 32)):
+            x = torch.randn(*shape).bfloat16()
+            y = call(x)
+            assert y.shape == (*shape[:-1], 16) and torch.allclose(y, x @ a.mT, rtol=1e-2, atol=1e-2)
+    assert seen == [128, 128, 128, 128, 136] * 2 and set(plans) == {128, 136}
+    with pytest.raises(KernelError, match="x has 24 features"):
+        call(torch.zeros(128, 24, dtype=B))
 
 
 def test_algorithms_that_kill_the_process_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +244,7 @@ def test_the_prefill_kernel_refuses() -> None:
 
 
 def operands(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    a, b = cslt_search._operands(p, 0)
+    a, b = cslt_search.operands(p, 0)
     wide = (a.double(), b.double().mT if p.b_rows else b.double())
     d = wide[0] @ wide[1]
     return a, b, d.mT if p.d_rows else d
@@ -166,14 +308,43 @@ def test_compress_checks_its_input() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [128, 131, 600])
+def test_operands_that_do_not_fit_and_a_scale() -> None:
+    p = Problem(256, 512, 64, B, B)
+    best = cslt_search.best(p, 0)
+    assert best
+    a, b, expected = operands(p)
+    packed = cslt.compress(a)
+    assert error(cslt.matmul(packed, p, b, best[0], 0.3125), 0.3125 * expected) < 1e-2
+    assert error(cslt.matmul(packed, p, b, best[0]), expected) < 1e-2
+    for wrong in (packed[:-16], packed.view(torch.int16), torch.cat([packed, packed])):
+        with pytest.raises(ValueError, match=r"bytes of cslt.compress on the left, not .*; fix"):
+            cslt.matmul(wrong, p, b, best[0])
+    with pytest.raises(ValueError, match="on one GPU, not on cpu and cuda:0; fix"):
+        cslt.matmul(packed.cpu(), p, b, best[0])
+
+
+@pytest.mark.gpu
+def test_the_prefill_kernel_on_what_does_not_belong_together() -> None:
+    a = torch.where(patterns.nm(torch.rand(256, 320)), torch.randn(256, 320), 0).bfloat16().cuda()
+    packed, x = CudaNm24Vendor.pack(NM.encode(a), B), torch.randn(512, 320, device="cuda", dtype=B)
+    assert packed.meta["made_by"] == [list(torch.cuda.get_device_capability()), list(cslt_library.version())]
+    assert packed.meta["algorithms"][0][0] == 128 and CudaNm24Vendor.fits(packed.meta, torch.device("cuda", 0))
+    for _ in range(2):
+        assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, None), x.double() @ a.double().mT) < 1e-2
+        with pytest.raises(KernelError, match="x lies on cuda:0, the weight on cpu"):
+            CudaNm24Vendor.run(x, [packed.tensors[0].cpu()], packed.meta, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [0, 1, 127, 128, 131, 600])
 def test_the_prefill_kernel(tokens: int) -> None:
     a = torch.where(patterns.nm(torch.rand(256, 320)), torch.randn(256, 320), 0).bfloat16().cuda()
     x, bias = torch.randn(2, tokens, 320, device="cuda", dtype=B)[0], torch.randn(256, device="cuda", dtype=B)
     packed = CudaNm24Vendor.pack(NM.encode(a), B)
     expected = x.double() @ a.double().mT
-    assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, None), expected) < 1e-2
-    assert error(CudaNm24Vendor.run(x, packed.tensors, packed.meta, bias), expected + bias.double()) < 1e-2
+    for own in (None, bias):
+        y = CudaNm24Vendor.run(x, packed.tensors, packed.meta, own)
+        assert y.shape == expected.shape and (not tokens or error(y, expected + (0 if own is None else own)) < 1e-2)
 
 
 @pytest.mark.gpu
@@ -190,8 +361,9 @@ def test_the_prefill_kernel_bound(with_bias: bool) -> None:
 
     x = torch.randn(2, 512, 320, device="cuda", dtype=B)
     for _ in range(2):
-        for part in (x, x[0], x[0, :131], x[:, :128], x[0].mT.contiguous().mT):
+        for part in (x, x[0], x[0, :131], x[0, :7], x[:, :128], x[0].mT.contiguous().mT):
             check(part)
+        assert call(x[:, :0]).shape == (2, 0, 256)
         odd = torch.randn(128 * 320 + 1, device="cuda", dtype=B)[1:].view(128, 320)
         check(odd)
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer import nvrtc, patterns
+from gossamer import lock, nvrtc, patterns
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Case, KernelError, _nm24_cut, cuda_nm24
@@ -14,7 +14,9 @@ from gossamer.kernels._cuda_operands import rows_of
 from gossamer.kernels._nm24_cut import Cut, Gpu, Work
 from gossamer.kernels._nm24_pack import DEPTH, STAGE, STEPS, pack_matrix, unpack_matrix
 from gossamer.kernels.cuda_nm24 import CudaNm24
+from gossamer.nn import SparseLinear
 from gossamer.packs import Packs
+from gossamer.prepare import _shapes
 
 H100 = Gpu(132, 232448, True)
 SMALL = Gpu(84, 101376, False)
@@ -153,6 +155,15 @@ def test_other_patterns_are_refused(n: int, m: int) -> None:
     spec = NM.encode(torch.where(patterns.nm(torch.rand(16, 32), n, m), 1.0, 0.0), n, m).spec()
     reason = cuda_nm24.unfit(Case(spec, torch.device("cuda"), torch.bfloat16, 1))
     assert reason == f"a weight that is 2:4, not {n}:{m}"
+
+
+def test_two_patterns_of_one_shape_are_raced_apart() -> None:
+    """What is measured for 2:4 says nothing of 4:8, which takes as many bytes."""
+    found = [NM.encode(torch.where(patterns.nm(torch.rand(16, 32), n, m), 1.0, 0.0), n, m) for n, m in ((2, 4), (4, 8))]
+    keys = [lock.key(a.spec(), torch.device("cpu"), torch.float32) for a in found]
+    assert "2:4" in keys[0] and "4:8" in keys[1] and keys[0].replace("2:4", "4:8") == keys[1]
+    layers = [SparseLinear.from_format(a) for a in found]
+    assert [len(group) for group in _shapes([*layers, layers[0]], torch.float32)] == [2, 1]
 
 
 def check(a: Tensor, x: Tensor, bias: Tensor | None = None, cut: Cut | None = None) -> None:

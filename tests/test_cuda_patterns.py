@@ -258,6 +258,25 @@ def test_on_the_gpu_as_the_library_compresses(dtype: torch.dtype) -> None:
         assert float((~same).float().mean()) < 1e-3
 
 
+def test_activations_that_the_kernels_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, dh = torch.zeros(64, 128).bfloat16(), torch.zeros(64, 64).bfloat16()
+    with pytest.raises(CsltError, match=r"cuda_patterns.activate needs an NVIDIA GPU.*; fix: use torch's own"):
+        cuda_patterns.activate(z, "silu", True)
+    monkeypatch.setattr(cuda_patterns.nvrtc, "refusal", lambda device: None)
+    for wrong in (z[:, :120], z.float(), z.view(2, 32, 128)):
+        with pytest.raises(
+            CsltError, match=r"activate needs bfloat16 or float16 \[tokens, multiple of 16\], not .*; fix"
+        ):
+            cuda_patterns.activate(wrong, "silu", True)
+        with pytest.raises(CsltError, match="activate_backward needs bfloat16"):
+            cuda_patterns.activate_backward(wrong, dh, "silu", True, False)
+    for other in (dh[:32], dh[:, :32], dh.half()):
+        with pytest.raises(ValueError, match="fix: pass the z that dh is the gradient for"):
+            cuda_patterns.activate_backward(z, other, "silu", True, False)
+    with pytest.raises(CsltError, match="cuda_patterns.activate_backward needs an NVIDIA GPU; fix"):
+        cuda_patterns.activate_backward(z, dh, "silu", True, True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("gated", [True, False])
@@ -269,3 +288,8 @@ def test_activations_on_the_gpu(act: cuda_patterns.Act, gated: bool) -> None:
     assert none is None and error(alone.cpu(), dz) < 4e-3
     fused, estimate = cuda_patterns.activate_backward(z.cuda(), dh.cuda(), act, gated, True)
     assert torch.equal(alone, fused) and estimate is not None
+    strided = z.mT.contiguous().mT.cuda()
+    assert torch.equal(cuda_patterns.activate(strided, act, gated), cuda_patterns.activate(z.cuda(), act, gated))
+    assert torch.equal(cuda_patterns.activate_backward(strided, dh.cuda(), act, gated, False)[0], alone)
+    with pytest.raises(CsltError, match="multiples of 64"):
+        cuda_patterns.activate_backward(z[:100].cuda(), dh[:100].cuda(), act, gated, True)

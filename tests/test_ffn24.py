@@ -36,6 +36,12 @@ def test_bad_input() -> None:
         ffn24.ffn24(x, w_in, w_out, as_dense(w_in), as_dense(w_out))
     with pytest.raises(CsltError, match="ffn24 needs an NVIDIA GPU; fix"):
         ffn24.ffn24(x, w_in[:128], w_out, as_dense(w_in[:128]), as_dense(w_out))
+    with pytest.raises(ValueError, match=r"x has 32 features, w_in 64 columns, w_out 64 rows; fix"):
+        ffn24.ffn24(x[:, :32], w_in[:128], w_out, as_dense(w_in[:128]), as_dense(w_out))
+    with pytest.raises(ValueError, match=r"\(64, 64\) pruned of \(128, 64\); fix: ffn24.prune the same weight"):
+        ffn24.ffn24(x, w_in[:128], w_out, as_dense(w_in[:64]), as_dense(w_out))
+    with pytest.raises(ValueError, match=r"x is torch.bfloat16 on cpu, a weight torch.float32 on cpu; fix"):
+        ffn24.ffn24(x.bfloat16(), w_in[:128], w_out, as_dense(w_in[:128]), as_dense(w_out))
 
 
 def reference(x: Tensor, w_in: Tensor, w_out: Tensor, act: str) -> Tensor:

@@ -87,9 +87,8 @@ class Plan:
             size = ctypes.c_size_t()
             call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
         self.workspace = size.value
-        self._numbers = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
         self._index = index
-        self._run = _runner(self._handle, self._plan.at, ctypes.addressof(self._numbers))
+        self._run = _runner(self._handle, self._plan.at)
 
     def _describe(self, p: Problem) -> None:
         sparse = p.rows, p.depth, p.depth, ALIGNMENT, TYPES[p.dtype], ROWS
@@ -122,21 +121,25 @@ class Plan:
         call("MatmulAlgGetAttribute", self._handle, self._choice.at, CONFIGS, ctypes.byref(found), 4)
         return found.value
 
-    def run(self, a: Tensor, b: Tensor, d: Tensor) -> Tensor:
-        """Writes D to `d` on torch's current stream; `a` as `compress` leaves it. Shapes are the caller's business."""
+    def run(self, a: Tensor, b: Tensor, d: Tensor, alpha: float = 1.0) -> Tensor:
+        """Writes alpha D to `d` on torch's current stream; `a` as `compress` leaves it.
+
+        Shapes are the caller's business. `alpha` is the host's: the library reads it while it enqueues.
+        """
         if _current_device() != self._index:
             with torch.cuda.device(self._index):
-                return self.run(a, b, d)
+                return self.run(a, b, d, alpha)
+        numbers = _ONE if alpha == 1.0 else (ctypes.c_float * 2)(alpha, 0.0)
         stream = _stream(self._index)
         space = _space(self._index, stream, self.workspace) if self.workspace else 0
-        if status := self._run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
+        if status := self._run(ctypes.addressof(numbers), a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
             check(status, f"cusparseLtMatmul of {self.problem}")
         return d
 
     def bind(self, a: Tensor, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """`run` as a function of B, which must lie on this plan's GPU and at an aligned address; D gets this shape."""
         index, size, dtype, run = self._index, self.workspace, self.problem.out, self._run
-        shape, strides = tuple(shape), torch.empty(shape, device="meta").stride()
+        shape, strides, one = tuple(shape), torch.empty(shape, device="meta").stride(), ctypes.addressof(_ONE)
 
         def product(b: Tensor) -> Tensor:
             if _current_device() != index:
@@ -144,7 +147,7 @@ class Plan:
                     return product(b)
             d, stream = _empty(shape, strides, dtype), _stream(index)
             space = _space(index, stream, size) if size else 0
-            if status := run(a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
+            if status := run(one, a.data_ptr(), b.data_ptr(), d.data_ptr(), space, stream):
                 check(status, f"cusparseLtMatmul of {self.problem}")
             return d
 
@@ -155,6 +158,7 @@ class Plan:
             library().cusparseLtMatmulPlanDestroy(self._plan.at)
 
 
+_ONE = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
 _spaces: dict[tuple[int, int], tuple[int, Tensor]] = {}  # bytes and workspace, by GPU and stream
 
 
@@ -169,14 +173,14 @@ def _space(index: int, stream: int, size: int) -> int:
     return found[1].data_ptr()
 
 
-def _runner(handle: int, plan: int, numbers: int) -> Callable[[int, int, int, int, int], int]:
-    """(A, B, D, workspace, stream) -> status of the product of a plan, all of them addresses."""
+def _runner(handle: int, plan: int) -> Callable[[int, int, int, int, int, int], int]:
+    """(alpha and beta, A, B, D, workspace, stream) -> status of the product of a plan, all of them addresses."""
     matmul = library().cusparseLtMatmul
     if native.available():
         at = ctypes.cast(matmul, ctypes.c_void_p).value
-        return partial(native.require().cslt_matmul, at, handle, plan, numbers)
+        return partial(native.require().cslt_matmul, at, handle, plan)
 
-    def run(a: int, b: int, d: int, space: int, stream: int) -> int:
+    def run(numbers: int, a: int, b: int, d: int, space: int, stream: int) -> int:
         streams = ctypes.c_void_p(stream)
         return matmul(handle, plan, numbers, a, b, numbers + 4, d, d, space, ctypes.addressof(streams), 1)
 
@@ -244,8 +248,28 @@ def aligned(b: Tensor) -> Tensor:
     return b if b.data_ptr() % ALIGNMENT == 0 else b.clone()
 
 
-def matmul(a: Tensor, problem: Problem, b: Tensor, algorithm: Algorithm) -> Tensor:
-    """D of a problem, a new tensor; `a` compressed, `b` contiguous, as the problem says it lies."""
+def matmul(a: Tensor, problem: Problem, b: Tensor, algorithm: Algorithm, alpha: float = 1.0) -> Tensor:
+    """alpha D of a problem, a new tensor; `a` as `compress` leaves it, `b` as the problem says it lies, `aligned`.
+
+    ValueError where they are not of this problem: the library would read whatever lies behind them.
+    """
+    if reason := _unlike(a, problem, b):
+        raise ValueError(f"cslt.matmul of {problem} takes {reason}")
     shape = (problem.columns, problem.rows) if problem.d_rows else (problem.rows, problem.columns)
     d = b.new_empty(shape, dtype=problem.out)
     return plan(problem, algorithm, b.get_device()).run(a, b, d)
+
+
+def _unlike(a: Tensor, p: Problem, b: Tensor) -> str | None:
+    """What of the operands is not the problem's, and the fix; None if all is."""
+    right = (p.columns, p.depth) if p.b_rows else (p.depth, p.columns)
+    if tuple(b.shape) != right or b.dtype != p.dtype:
+        return f"{p.dtype} {right} on the right, not {b.dtype} {tuple(b.shape)}; fix: pass that, or state its problem"
+    if not b.is_contiguous() or b.data_ptr() % ALIGNMENT:
+        return "a contiguous right operand at an aligned address; fix: pass cslt.aligned(b)"
+    if a.device != b.device or not b.is_cuda:
+        return f"both operands on one GPU, not on {a.device} and {b.device}; fix: move one of them"
+    size = _sizes(p.rows, p.depth, p.dtype, b.get_device())[1]
+    if a.dtype != torch.uint8 or a.numel() != size or not a.is_contiguous():
+        return f"{size} bytes of cslt.compress on the left, not {a.dtype} {tuple(a.shape)}; fix: compress that matrix"
+    return None

@@ -26,14 +26,17 @@ TIMED = 5  # runs of an algorithm that are timed, of which the median counts
 
 @cache
 def best(problem: Problem, index: int) -> tuple[Algorithm, float] | None:
-    """The fastest algorithm that computes this product correctly, and its microseconds; None if there is none."""
+    """The fastest algorithm that computes this product correctly, and its microseconds; None if there is none.
+
+    torch.OutOfMemoryError, which is not remembered, where there is no room for the operands of the trial.
+    """
     problem = problem._replace(bias=0)
     if problem.refuses():
         return None
     try:
         with torch.cuda.device(index):
             found = [r for r in trials(problem, index) if r[2] is None]
-    except (torch.OutOfMemoryError, CsltError) as error:  # the operands of the trial; a product that it does not have
+    except CsltError as error:  # a product that it does not have
         log.info("cuSPARSELt is not used for %s: %s", problem, error)
         return None
     return min(((a, t) for a, t, _ in found), key=lambda r: r[1], default=None)
@@ -41,7 +44,7 @@ def best(problem: Problem, index: int) -> tuple[Algorithm, float] | None:
 
 def trials(problem: Problem, index: int) -> Iterator[tuple[Algorithm, float, str | None]]:
     """(algorithm, microseconds, what is wrong with it) for every algorithm."""
-    a, b = _operands(problem, index)
+    a, b = operands(problem, index)
     expected, packed = _dense(problem, a, b), cslt.compress(a)
     for algorithm in _candidates(problem, index):
         try:
@@ -56,7 +59,7 @@ def trials(problem: Problem, index: int) -> Iterator[tuple[Algorithm, float, str
             log.info("cuSPARSELt's %s is wrong by %.2g on %s; it is not used", algorithm, error, problem)
             yield algorithm, 0.0, f"relative error {error:.3g}"
             continue
-        yield algorithm, _time(partial(ready.run, packed, b, d)), None
+        yield algorithm, microseconds(partial(ready.run, packed, b, d)), None
 
 
 # What ends in an illegal instruction, which no process survives: algorithms from these on, by version and type. Seen on
@@ -75,11 +78,11 @@ def _candidates(problem: Problem, index: int) -> Iterator[Algorithm]:
 def dense_time(problem: Problem, index: int) -> float:
     """Microseconds of torch's dense product of the same shapes, in bfloat16 where there are 8 bits."""
     with torch.cuda.device(index):
-        a, b = _operands(problem, index)
-        return _time(lambda: _dense(problem, a, b))
+        a, b = operands(problem, index)
+        return microseconds(lambda: _dense(problem, a, b))
 
 
-def _operands(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
+def operands(problem: Problem, index: int) -> tuple[Tensor, Tensor]:
     """Random, A of a random 2:4 pattern."""
     generator = torch.Generator(device=f"cuda:{index}").manual_seed(24)
     draw = {"device": f"cuda:{index}", "generator": generator}
@@ -109,7 +112,7 @@ def _error(d: Tensor, expected: Tensor) -> float:
     return float((d - expected).norm() / expected.norm())
 
 
-def _time(run: Callable[[], object]) -> float:
+def microseconds(run: Callable[[], object]) -> float:
     """Median microseconds on the GPU."""
     run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]

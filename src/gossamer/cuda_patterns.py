@@ -186,7 +186,8 @@ def estimate_t(
 
 
 def activate(z: Tensor, act: Act, gated: bool) -> Tensor:
-    """h [tokens, F] = f(z), or with `gated` f(gate) * up of z [tokens, 2 F] = [gate | up]."""
+    """h [tokens, F] = f(z), or with `gated` f(gate) * up of z [tokens, 2 F] = [gate | up]. F is a multiple of 8."""
+    z = _even("activate", z, gated)
     tokens, wide = z.shape[0], z.shape[1] // (1 + gated)
     h = torch.empty(tokens, wide, dtype=z.dtype, device=z.device)
     kernel = _forward(z.dtype == torch.bfloat16, ACTS[act], gated)
@@ -199,9 +200,15 @@ def activate_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(dz, an unbiased 2:4 estimate of dz^T, compressed, or None) of `activate`, in one pass.
 
-    Tokens and F are multiples of 64.
+    z as there, dh [tokens, F]. F is a multiple of 8, for the estimate tokens and F are multiples of 64.
     """
+    z, dh = _even("activate_backward", z, gated), _even("activate_backward", dh, False)
     tokens, wide = dh.shape
+    if z.shape != (tokens, wide * (1 + gated)) or z.dtype != dh.dtype or z.device != dh.device:
+        have = f"z is {z.dtype} {tuple(z.shape)} on {z.device}, dh {dh.dtype} {tuple(dh.shape)} on {dh.device}"
+        raise ValueError(f"cuda_patterns.activate_backward: {have}; fix: pass the z that dh is the gradient for")
+    if estimate:
+        _require(dh, "activate_backward")
     dz = torch.empty_like(z)
     kind = z.dtype == torch.bfloat16, ACTS[act], gated
     if not estimate:
@@ -214,6 +221,16 @@ def activate_backward(
 
 def _grid(tokens: int, wide: int) -> tuple[int, int, int]:
     return tokens, -(-wide // 2048), 1
+
+
+def _even(name: str, z: Tensor, gated: bool) -> Tensor:
+    """z as the kernels read it, 8 values of a row at once. CsltError where it cannot be."""
+    if reason := nvrtc.refusal(z.device):
+        raise cslt.CsltError(f"cuda_patterns.{name} needs {reason}; fix: use torch's own functions")
+    if z.dim() != 2 or z.dtype not in (torch.bfloat16, torch.float16) or z.shape[1] % (8 * (1 + gated)):
+        wanted = f"bfloat16 or float16 [tokens, multiple of {8 * (1 + gated)}], not {z.dtype} {tuple(z.shape)}"
+        raise cslt.CsltError(f"cuda_patterns.{name} needs {wanted}; fix: pad it, or use torch's own functions")
+    return cslt.aligned(z)
 
 
 def _require(w: Tensor, name: str) -> None:

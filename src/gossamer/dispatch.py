@@ -141,9 +141,9 @@ class Route:
         return [*bound, (math.inf, bound[-1][1])] if bound and len(one) == len(self.ways) else bound
 
     def runs_on(self, device: torch.device) -> bool:
-        """Are all kernels of the choices for this kind of device?"""
-        kernels = {s.kernel for _, way in self.ways for s in way}
-        return all(registry[k].device in ("any", device.type) for k in kernels)
+        """Are all kernels of the choices for this kind of device, and what they packed for it, too?"""
+        found = [(registry[s.kernel], s.meta) for _, way in self.ways for s in way]
+        return all(k.device in ("any", device.type) and k.fits(meta, device) for k, meta in found)
 
     def way(self, tokens: int) -> Way:
         for upto, way in self.ways:

@@ -34,9 +34,10 @@ def key(spec: Spec, device: torch.device, dtype: torch.dtype) -> str:
     stored = spec["format"] + (f":{spec['dtype']}" if "dtype" in spec else "")
     # To a twentieth: layers that were pruned together differ by a few non-zeros.
     density = f" {20 * spec['nnz'] / max(1, m * k):.0f}/20" if "nnz" in spec else ""
+    kept = f" {spec['n']}:{spec['m']}" if "n" in spec else ""
     block = " {}x{}".format(*spec["block"]) if "block" in spec else ""
     threads = f" threads {torch.get_num_threads()}" if device.type == "cpu" else ""
-    return f"{stored}{block} {m}x{k}{density} x {dtype_name(dtype)}{threads}"
+    return f"{stored}{kept}{block} {m}x{k}{density} x {dtype_name(dtype)}{threads}"
 
 
 @dataclass

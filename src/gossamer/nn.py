@@ -215,7 +215,7 @@ class SparseLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.prepared and not dispatch.route(self.layout).runs_on(self.device):
-            self.unprepare()  # unpickled on another kind of device
+            self.unprepare()  # unpickled on another kind of device, or where another library packs otherwise
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._released:

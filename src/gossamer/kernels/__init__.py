@@ -78,6 +78,11 @@ class Kernel(ABC):
         return lambda x: cls.run(x, packed, meta, bias)
 
     @classmethod
+    def fits(cls, meta: dict[str, Any], device: torch.device) -> bool:
+        """May what was packed with these constants, perhaps on another machine, run on this device of the same type?"""
+        return True
+
+    @classmethod
     def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor | None:
         """A, dense, exactly as it was packed: then the stored tensors need not stay beside it. None: they must."""
         return None

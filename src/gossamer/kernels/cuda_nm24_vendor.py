@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from .. import cslt, cslt_search
+from .. import cslt, cslt_library, cslt_search
 from ..cslt import Algorithm, Problem
 from ..formats import Format
 from . import Case, Kernel, KernelError, Packed
@@ -21,7 +21,7 @@ from .cuda_nm24 import check, unfit
 log = logging.getLogger("gossamer")
 _ready: dict[tuple, cslt.Plan] = {}  # for x as the library takes it, without a bias: nothing else is looked at
 VARIANTS = ()  # the library's kernels are not ours to compile
-SIZES = (512, 1024, 2048, 4096, 16384)  # tokens for which an algorithm is looked for; others go with the next
+SIZES = (128, 512, 1024, 2048, 4096, 16384)  # tokens for which an algorithm is looked for; others go with the next
 MIN_TOKENS = 128
 MAX_SHAPES = 64  # of x, that a layer keeps the short way for
 
@@ -53,21 +53,29 @@ class CudaNm24Vendor(Kernel):
             raise KernelError(f"{cls.name} needs {reason}; fix: choose another kernel")
         found = _algorithms(problem, dense.get_device())
         meta = {"rows": a.shape[0], "cols": a.shape[1], "bf16": dtype == torch.bfloat16, "algorithms": found}
+        meta["made_by"] = _maker(dense.device)
         if not found:
             log.warning("no algorithm of cuSPARSELt is right on %s; it runs dense; fix: update the library", problem)
         return Packed((cslt.compress(dense) if found else dense,), meta)
 
     @classmethod
+    def fits(cls, meta: dict[str, Any], device: torch.device) -> bool:
+        return cslt.refusal(device) is None and meta.get("made_by") == _maker(device)
+
+    @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
-        key = x.shape, x.dtype, x.get_device(), meta["rows"], meta["cols"], meta["bf16"]
+        if not meta["algorithms"]:
+            rows_of(cls.name, x, meta, packed[0].device)
+            return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
+        key = x.shape, x.dtype, x.get_device(), packed[0].get_device(), meta["rows"], meta["cols"], meta["bf16"]
         if bias is None and (plan := _ready.get(key)) and x.is_contiguous() and x.data_ptr() % cslt.ALIGNMENT == 0:
             return plan.run(packed[0], x, x.new_empty(x.shape[0], meta["rows"]))
         flat = rows_of(cls.name, x, meta, packed[0].device)
-        if not meta["algorithms"]:
-            return linear(x, packed[0], None if bias is None else bias.to(x.dtype))
         tokens, rows = flat.shape[0], meta["rows"]
-        if tokens % 8:
-            flat = pad(flat, (0, 0, 0, -tokens % 8))
+        if not tokens:
+            return x.new_empty(*x.shape[:-1], rows)
+        if more := _padded(tokens) - tokens:
+            flat = pad(flat, (0, 0, 0, more))
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
         plan = _plan(meta, flat.shape[0], bias, x.get_device())
@@ -87,15 +95,25 @@ class CudaNm24Vendor(Kernel):
                 return call(x)
             y = cls.run(x, packed, meta, bias)
             tokens = y.numel() // meta["rows"]
-            if meta["algorithms"] and tokens % 8 == 0 and len(ready) < MAX_SHAPES:
+            if meta["algorithms"] and tokens == _padded(tokens) and len(ready) < MAX_SHAPES:
                 ready[x.shape] = _plan(meta, tokens, bias, index).bind(a, y.shape)
             return y
 
         return product
 
 
+def _maker(device: torch.device) -> list[list[int]]:
+    """What the layout of a compressed matrix and the numbers of algorithms depend on: the GPU's kind, the version."""
+    return [list(torch.cuda.get_device_capability(device)), list(cslt_library.version())]
+
+
+def _padded(tokens: int) -> int:
+    """The tokens that the library is given: fewer than were tried out it never sees."""
+    return max(MIN_TOKENS, tokens + -tokens % 8)
+
+
 def _plan(meta: dict[str, Any], tokens: int, bias: Tensor | None, index: int) -> cslt.Plan:
-    """The plan of a layer for so many tokens, a multiple of 8."""
+    """The plan of a layer for so many tokens, `_padded`."""
     dtype, found = dtype_of(meta), _choice(meta["algorithms"], tokens)
     problem = Problem(meta["rows"], meta["cols"], tokens, dtype, dtype, bias=0 if bias is None else bias.data_ptr())
     return cslt.plan(problem, found, index)

@@ -8,6 +8,7 @@ once per optimizer step; a product that this GPU runs no faster sparse stays den
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,6 +20,8 @@ from torch import Tensor
 from .. import cslt, cslt_search, cuda_patterns
 from ..cslt import Algorithm, Problem
 from ..cuda_patterns import Act
+
+log = logging.getLogger("gossamer")
 
 Recipe = Literal["s_ste", "transposable", "fst"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -94,13 +97,27 @@ def _gradient_problem(rows: int, x: Tensor) -> Problem:
     return Problem(rows, x.shape[0], x.shape[1], x.dtype, x.dtype, b_rows=False, d_rows=False)
 
 
-@cache
 def worth(problem: Problem, index: int) -> Algorithm | None:
-    """The algorithm of a product that is faster sparse than dense on this GPU, timed on first use; None if none is."""
+    """The algorithm of a product that is faster sparse than dense on this GPU, timed on first use; None if none is.
+
+    None for once where there is no memory left to find out.
+    """
+    try:
+        return _worth(problem, index)
+    except torch.OutOfMemoryError as error:
+        log.info("no memory to time %s (%s); it runs dense this time", problem, error)
+        return None
+
+
+@cache
+def _worth(problem: Problem, index: int) -> Algorithm | None:
     if cslt.refusal(torch.device("cuda", index)) or problem.refuses():
         return None
     found = cslt_search.best(problem, index)
     return found[0] if found and found[1] < WORTH * cslt_search.dense_time(problem, index) else None
+
+
+worth.cache_clear = _worth.cache_clear  # pyright: ignore[reportFunctionMemberAccess]
 
 
 class _FFN(torch.autograd.Function):
@@ -139,6 +156,19 @@ def ffn24(x: Tensor, w_in: Tensor, w_out: Tensor, first: Pruned, second: Pruned,
     """
     if w_in.shape[0] not in (w_out.shape[1], 2 * w_out.shape[1]):
         raise ValueError(f"w_in is {tuple(w_in.shape)}, w_out {tuple(w_out.shape)}; fix: F or 2 F rows for F columns")
+    _check(x, w_in, w_out, first, second)
     if reason := cuda_patterns.refusal(cslt.aligned(x.reshape(-1, x.shape[-1]))):
         raise cslt.CsltError(f"ffn24 needs {reason}; fix: F.linear with the pruned weights")
     return _FFN.apply(x, w_in, w_out, first, second, act)  # type: ignore[return-value]
+
+
+def _check(x: Tensor, w_in: Tensor, w_out: Tensor, first: Pruned, second: Pruned) -> None:
+    if x.shape[-1] != w_in.shape[1] or w_out.shape[0] != w_in.shape[1]:
+        shapes = f"x has {x.shape[-1]} features, w_in {w_in.shape[1]} columns, w_out {w_out.shape[0]} rows"
+        raise ValueError(f"ffn24: {shapes}; fix: pass the three of one block, all d")
+    for w, pruned in ((w_in, first), (w_out, second)):
+        if pruned.shape != tuple(w.shape):
+            raise ValueError(f"ffn24: {pruned.shape} pruned of {tuple(w.shape)}; fix: ffn24.prune the same weight")
+        if pruned.source[0].dtype != x.dtype or pruned.forward.device != x.device:
+            kinds = f"x is {x.dtype} on {x.device}, a weight {pruned.source[0].dtype} on {pruned.forward.device}"
+            raise ValueError(f"ffn24: {kinds}; fix: convert x, or prune the weight as x is")
