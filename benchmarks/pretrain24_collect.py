@@ -20,7 +20,7 @@ SHOWN = ("summary", "case", "value", "range", "must", "n")
 def collect(given: argparse.Namespace) -> None:
     """A line for each run, its curve, the summaries over all these outcomes, the chart of the first seed."""
     found = _found(given.outcomes)
-    runs = [f for f in found if "curve" in f]
+    runs = [f for f in found if "curve" in f and f.get("products", "dense") == "dense"]
     for run in runs:
         check_equal(run, dense_of(run, runs))
         for line in measured(run, dense_of(run, runs)):

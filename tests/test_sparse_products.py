@@ -110,6 +110,36 @@ def test_a_projection_of_s_ste_multiplies_as_exactly_as_dense(all_worth: None) -
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("method", ["s_ste", "fst_no_mvue"])
+def test_gradients_of_a_compiled_step_are_as_exact_as_with_dense_products(
+    method: str, all_worth: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each parameter's, against those of the same 2:4 weights in float32."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from pretrain.llama import SHAPES, Shape
+    from pretrain.loop import Run, Training, entropy
+
+    monkeypatch.setitem(SHAPES, "small", Shape(2, 2, 64, 128, 64))
+    x = torch.randint(97, 123, (16, 65), device="cuda")
+    grads = []
+    for products in ("exact", "dense", "sparse"):
+        torch._dynamo.reset()
+        run = Run(method, model="small", steps=10, batch=16, products="sparse" if products == "sparse" else "dense")
+        training = Training(run, torch.zeros(9, dtype=torch.uint8), compile=products != "exact", graphs=False)
+        with torch.no_grad():
+            for p in training.net.parameters():
+                p.mul_(3)  # farther from where all of a layer's outputs are near 0
+        if products == "exact":
+            entropy(training.net(x[:, :-1]), x[:, 1:]).backward()
+        else:
+            training.loss(x).backward()
+        grads.append({n: p.grad.clone() for n, p in training.net.named_parameters() if p.grad is not None})
+    for name, exact in grads[0].items():
+        dense, sparse = (float((g[name] - exact).norm() / exact.norm()) for g in grads[1:])
+        assert sparse < 1.5 * dense + 1e-3 and dense < 0.2, (name, dense, sparse)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("method", "apart"), [("s_ste", 0.02), ("fst_no_mvue", 0.02), ("fst", 0.2)])
 def test_captured_steps_train_as_with_dense_products(
     method: str, apart: float, all_worth: None, monkeypatch: pytest.MonkeyPatch
