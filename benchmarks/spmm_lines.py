@@ -49,7 +49,12 @@ def rechosen(line: dict, costs: Costs | None = None, caution: float = model.CAUT
 
 def allowed(line: dict) -> dict[str, float]:
     """Microseconds of the candidates that repeat themselves to the bit."""
-    return {k: v for k, v in line["candidates"].items() if k not in line["left_out"]}
+    return {k: v for k, v in line["candidates"].items() if k not in line["left_out"] and not is_gone(k)}
+
+
+def is_gone(way: str) -> bool:
+    """Was it tried once, and given up? Cutting long rows for cuSPARSE's CSR_ALG3 did not make it repeat itself."""
+    return "cut=" in way
 
 
 def way_of(text: str) -> Way:
