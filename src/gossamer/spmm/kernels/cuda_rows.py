@@ -56,7 +56,8 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
-        meta = {"shape": list(a.shape), "mean": mean_of(a)} | dict(zip(("unroll", "team"), KNOBS[0], strict=True)) | knobs
+        usual = dict(zip(("unroll", "team"), KNOBS[0], strict=True))
+        meta = {"shape": list(a.shape), "mean": mean_of(a)} | usual | knobs
         return cls._cut(Packed((a.pointers, a.cols, a.values), meta), n)
 
     @classmethod
