@@ -22,13 +22,14 @@ from gossamer.cusparse import CusparseError
 from gossamer.spmm import Csr, registry, sampled
 from gossamer.spmm._windows import DEPTH, TILE, Layout, lay_out, schedule
 from gossamer.spmm.kernels import cusparse
-from gossamer.spmm.kernels.cuda_rows import cut_rows
+from gossamer.spmm.kernels.cuda_rows import DEEP, KNOBS, cut_rows
 from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
 
 HERE = Path(__file__).parent
 WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [
     ("cuda_rows", {"unroll": 4, "team": 32}),
-    ("cuda_rows", {"unroll": 8, "team": 8}),
+    ("cuda_rows", {"unroll": 8, "team": 4}),
+    ("cuda_rows", {"unroll": 16, "team": 8}),
 ]
 LIBRARY = [("cusparse", {"alg": 2}), ("cusparse", {"alg": 3})]
 
@@ -194,6 +195,8 @@ def test_windows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, kno
         (torch.float16, 8, {}),
         (torch.float32, 8, {"unroll": 8, "team": 32}),
         (torch.bfloat16, 70, {"unroll": 8, "team": 8}),
+        (torch.float32, 36, {"unroll": 16, "team": 8}),
+        (torch.float32, 40, {"unroll": 8, "team": 4}),
         (torch.float32, 264, {}),
     ],
 )
@@ -203,6 +206,12 @@ def test_rows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, knobs:
     packed = registry["cuda_rows"].pack(Csr.of(a), n, **knobs)
     assert packed.meta["slots"] or packed.meta["wide"]
     checked("cuda_rows", a, torch.randn(k, n).to(dtype), **knobs)
+
+
+def test_deep_knobs_are_for_long_float32_rows() -> None:
+    for a, deep in ((torch.ones(3, 128), True), (torch.ones(3, 127), False), (torch.ones(3, 128).half(), False)):
+        ways = registry["cuda_rows"].ways(Csr.of(a), False)
+        assert [tuple(v for _, v in w.knobs) for w in ways] == [*KNOBS, *[DEEP] * deep]
 
 
 @pytest.mark.parametrize(("name", "knobs"), WAYS[:1] + WAYS[-1:])

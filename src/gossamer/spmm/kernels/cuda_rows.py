@@ -16,6 +16,7 @@ from .._columns import columns_of, padded, processors
 THREADS, WARP = 128, 32
 # Entries of a team in flight, lanes of a team at most: narrow teams find more of B's rows in a multiprocessor's cache.
 KNOBS = ((4, 32), (8, 32), (8, 8), (8, 4))
+DEEP, DEEP_MEAN = (16, 8), 128  # for float32 rows that keep so many in flight twice over
 LONG = 4  # rounds of entries after which a segment may get a block of its own
 SHORTEST = 4  # rounds of a block in the shortest segment of a row that is cut
 WARPS_PER_SM = 48  # that should have a segment
@@ -49,12 +50,14 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
-        return [Way(cls.name, (("unroll", unroll), ("team", team))) for unroll, team in KNOBS]
+        deep = a.dtype == torch.float32 and mean_of(a) >= DEEP_MEAN
+        knobs = [*KNOBS, DEEP] if deep else KNOBS
+        return [Way(cls.name, (("unroll", unroll), ("team", team))) for unroll, team in knobs]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
-        mean = a.nnz / max(1, int((a.lengths > 0).sum()))
-        meta = {"shape": list(a.shape), "mean": mean} | dict(zip(("unroll", "team"), KNOBS[0], strict=True)) | knobs
+        usual = dict(zip(("unroll", "team"), KNOBS[0], strict=True))
+        meta = {"shape": list(a.shape), "mean": mean_of(a)} | usual | knobs
         return cls._cut(Packed((a.pointers, a.cols, a.values), meta), n)
 
     @classmethod
@@ -93,6 +96,11 @@ class CudaRows(SpmmKernel):
     @classmethod
     def revalued(cls, packed: Sequence[Tensor], values: Tensor) -> Sequence[Tensor]:
         return *packed[:4], values
+
+
+def mean_of(a: Csr) -> float:
+    """Entries of a row that has some."""
+    return a.nnz / max(1, int((a.lengths > 0).sum()))
 
 
 def shape_of(width: int, size: int, mean: float, most: int) -> tuple[int, int, int]:

@@ -1,8 +1,9 @@
 """cuSPARSE: its algorithms for CSR, and Blocked-ELL where blocks of 32 x 32 are well filled.
 
 Two runs of its CSR_ALG2 hardly ever agree to the bit, those of CSR_ALG3 agree unless float32 rows are long: seen to
-differ with rows of 953 entries and more, never below 500 (benchmarks/results/spmm.jsonl, `unstable`). CSR_ALG2 adds up
-what is rounded already, so that 16 bits are no candidate for it.
+differ with rows of 511 entries (cut from longer ones) and more, never where the longest has 481 or fewer
+(benchmarks/results/spmm.jsonl, `unstable`). That is experience, not a promise of cuSPARSE's. CSR_ALG2 adds up what is
+rounded already, so that 16 bits are no candidate for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .. import Csr, Packed, SpmmKernel, Way
 ALGORITHMS = {2: cusparse.ALG2, 3: cusparse.ALG3}
 BLOCK = 32  # of Blocked-ELL; 16 was never faster
 LEAST_FILL = 0.2  # of what Blocked-ELL stores
-STEADY = 512  # entries of a row up to which CSR_ALG3 is trusted to repeat itself in float32
+STEADY = 481  # entries of a row up to which CSR_ALG3 is trusted to repeat itself in float32
 PLANS = 16  # widths of B that a packed matrix keeps plans for
 
 
