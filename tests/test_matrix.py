@@ -93,7 +93,7 @@ def test_wrong_indices_are_refused() -> None:
 
 def test_what_is_no_matrix_is_refused() -> None:
     for wrong in ([1, 2], object(), torch.zeros(3), torch.zeros(2, 2, 2)):
-        with pytest.raises(FormatError):
+        with pytest.raises(FormatError, match="fix: "):
             SparseMatrix(wrong)
     for wrong in (torch.eye(3) * 1j, scipy.sparse.csr_array(np.eye(3) * 1j)):
         with pytest.raises(FormatError, match="complex values are not multiplied; fix"):
@@ -115,6 +115,8 @@ def test_wrong_operands_are_refused() -> None:
     for wrong in (torch.randn(60, 2), torch.randn(2, 90, 3), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="fix: reshape"):
             a @ wrong
+    with pytest.raises(TypeError, match=r"B is ndarray, not a tensor; fix: torch.as_tensor"):
+        a @ np.ones((90, 2))
     with pytest.raises(ValueError, match="fix: B.to"):
         a @ torch.randn(90, 2, device="meta")
     for wrong in (torch.ones(90, 2, dtype=torch.int64), torch.ones(90, 2) * 1j, torch.ones(90, dtype=torch.bool)):
@@ -122,8 +124,15 @@ def test_wrong_operands_are_refused() -> None:
             a @ wrong
 
 
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device 'cuda' cannot be used: .*; fix: leave"):
+        SparseMatrix(random(), device="cuda")
+
+
 def test_a_matrix_larger_than_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gossamer.matrix.free_memory", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(torch.OutOfMemoryError, match="fix: multiply it in parts"):
         SparseMatrix(random(), device="cuda")
 

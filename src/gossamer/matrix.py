@@ -116,6 +116,8 @@ class SparseMatrix:
 
     def _product(self, b: Tensor, transposed: bool) -> Tensor:
         inner = self.shape[0 if transposed else 1]
+        if not isinstance(b, Tensor):
+            raise TypeError(f"B is {type(b).__name__}, not a tensor; fix: torch.as_tensor(B)")
         if b.ndim not in (1, 2) or b.shape[0] != inner:
             raise ValueError(f"B is {tuple(b.shape)}, A takes [{inner}, N] or [{inner}]; fix: reshape it")
         if b.device != self.values.device:
@@ -269,6 +271,8 @@ def _warn_of_overflow(a: Csr, dtype: torch.dtype) -> None:
 def _check_room(a: Csr, device: torch.device) -> None:
     if device.type != "cuda":
         return
+    if not torch.cuda.is_available():
+        raise ValueError(f"device '{device}' cannot be used: torch sees no GPU; fix: leave the matrix on the CPU")
     needed = ROOM * (a.nnz * (8 + a.values.element_size()) + 8 * a.shape[0])
     free = free_memory(device)
     if needed > free:

@@ -90,7 +90,10 @@ def check_indices(a: Any) -> None:
             _check_tensor(a)
         return
     if not hasattr(a, "tocsr"):
-        raise FormatError(f"a sparse matrix is a torch tensor or a scipy matrix, not {type(a).__name__}; fix: make one")
+        raise FormatError(
+            f"a sparse matrix is a torch tensor or a scipy matrix, not {type(a).__name__}; "
+            "fix: torch.as_tensor(a), or scipy.sparse.csr_matrix(a)"
+        )
     if len(a.shape) != 2:
         raise FormatError(f"a matrix has two dimensions, this one has shape {tuple(a.shape)}; fix: reshape it")
     try:
