@@ -42,7 +42,7 @@ MUST = {
     0.8: {1: 1.85, 8: 1.85, 16: 1.85, 32: 1.45, 64: 1.2},
     0.9: {1: 2.15, 8: 2.15, 16: 2.15, 32: 1.75, 64: 1.35},
 }
-TOLERANCE = 4e-3  # relative (Frobenius), of two products in bfloat16
+TOLERANCE = 2e-3  # relative (Frobenius), against float32; rounding to bfloat16 alone is 1.7e-3
 Call = Callable[[], object]
 
 
@@ -131,7 +131,7 @@ def dense_time(weights: Sequence[Tensor], x: Tensor) -> tuple[float, str]:
 def our_time(sets: Sequence[Sequence[Tensor]], meta: dict, a: Tensor, x: Tensor) -> tuple[float, float]:
     y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
     found = timed([lambda s=s: launch(x, s, meta, None, y) for s in sets])
-    expected = x.float() @ a.float().mT if a.numel() < 1 << 27 else torch.mm(x, a.t()).float()
+    expected = x.float() @ a.float().mT
     error = float((y.float() - expected).norm() / expected.norm())
     if not error < TOLERANCE:
         raise ArithmeticError(f"relative error {error:.1e} at {tuple(a.shape)}, {len(x)} tokens")

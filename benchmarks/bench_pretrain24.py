@@ -4,6 +4,8 @@
     python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --seeds 0 1 2 --probe fst sr_ste
     python benchmarks/bench_pretrain24.py speed TEXTS OUTCOMES              # seconds a step, each method alone
     python benchmarks/bench_pretrain24.py collect OUTCOMES...               # lines, summaries, chart
+    python benchmarks/bench_pretrain24.py learn TEXTS OUTCOMES --methods s_ste fst --products dense sparse
+    python benchmarks/bench_pretrain24.py products OUTCOMES...              # lines of such runs
     python benchmarks/bench_pretrain24.py larger METHOD.jsonl... --planned 1000 --environment FILE --chart FILE
     python benchmarks/bench_pretrain24.py scale TEXTS OUTCOMES --ranks 2    # on one host of several GPUs
 
@@ -34,20 +36,19 @@ import torch
 from torch import Tensor
 
 from pretrain24_clock import locked, seconds
-from pretrain24_lines import TOKENS_A_PARAMETER, check_equal, dense_of, measured, scaling, speeds, summaries
+from pretrain24_lines import TOKENS_A_PARAMETER
 from results import append, environment
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from gossamer.train import Sparsifier, suggest_decay  # noqa: E402
-from pretrain import chart, text  # noqa: E402
+from pretrain import text  # noqa: E402
 from pretrain.llama import SHAPES, Llama  # noqa: E402
 from pretrain.loop import METHODS, Run, Training, ends_dense  # noqa: E402
+from pretrain24_collect import collect, larger, products  # noqa: E402
 from pretrain24_scale import rank, scale  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
-LINES, CURVES = RESULTS / "pretrain24.jsonl", RESULTS / "pretrain24_curves.jsonl"
 DEFAULT = ("dense", "s_ste", "fst", "sr_ste", "ste")
 TIMED = 20  # steps that the speed is taken over
 
@@ -68,7 +69,12 @@ def learn(given: argparse.Namespace) -> None:
 def _jobs(given: argparse.Namespace) -> Sequence[tuple[str, Callable[[Tensor, Tensor], dict[str, Any]]]]:
     """What there is to do, in order: the decays, then the runs seed by seed; each of the texts, to an outcome."""
     probes = [(f"probe.{m}", partial(_probed, given, m)) for m in given.probe]
-    return probes + [(f"{s}.{m}", partial(_run, given, m, s)) for s in given.seeds for m in given.methods]
+    ways = [(s, m, p) for s in given.seeds for m in given.methods for p in _products(given, m)]
+    return probes + [(f"{s}.{m}.{p}", partial(_run, given, m, p, s)) for s, m, p in ways]
+
+
+def _products(given: argparse.Namespace, method: str) -> list[str]:
+    return ["dense"] if method == "dense" else given.products
 
 
 def _gpus() -> list[str]:
@@ -80,9 +86,9 @@ def _gpus() -> list[str]:
 def _worker(given: argparse.Namespace, gpu: str) -> subprocess.Popen:
     """`python this work ...` on one GPU; a run that kills its process costs that run alone."""
     options = {"until": given.until, "model": given.model, "batch": given.batch, "warmup": given.warmup}
-    options |= {"tokens": given.tokens, "every": given.every, "probe-steps": given.probe_steps}
+    options |= {"tokens": given.tokens, "every": given.every, "probe-steps": given.probe_steps, "lr": given.lr}
     more = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    for name in ("seeds", "methods", "probe"):
+    for name in ("seeds", "methods", "probe", "products"):
         more += [f"--{name}", *map(str, values)] if (values := getattr(given, name)) else []
     more += ["--decay", *(f"{m}={d}" for m, d in given.decays)] if given.decays else []
     more += ["--no-compile"] if given.no_compile else []
@@ -94,7 +100,6 @@ def _worker(given: argparse.Namespace, gpu: str) -> subprocess.Popen:
 
 def work(given: argparse.Namespace) -> None:
     """What nobody has begun, one job after the other, while the time suffices for one more."""
-    torch._dynamo.config.recompile_limit = 64  # methods x phases share the code of a block
     train, valid = text.find(given.texts, "train"), text.find(given.texts, "valid")
     jobs, longest = given.outcomes.with_suffix(".jobs"), 0.0
     for name, job in _jobs(given):
@@ -125,9 +130,12 @@ def _decay(given: argparse.Namespace, method: str) -> float | None:
     return json.loads(done.read_text()) if done.exists() else None
 
 
-def _run(given: argparse.Namespace, method: str, seed: int, train: Tensor, valid: Tensor) -> dict[str, Any]:
+def _run(
+    given: argparse.Namespace, method: str, products: str, seed: int, train: Tensor, valid: Tensor
+) -> dict[str, Any]:
     """One run from its first weights to its last."""
-    run = Run(method, _decay(given, method), given.model, 1, given.batch, 1, 1e-3, given.warmup, seed, given.every)
+    decay = _decay(given, method)
+    run = Run(method, decay, given.model, 1, given.batch, 1, given.lr, given.warmup, seed, given.every, products)
     steps = int(-(-given.tokens * _parameters(given.model) // run.tokens))
     run = replace(run, steps=steps, warmup=min(given.warmup, steps // 4))
     training, lines, clock = Training(run, train, compile=not given.no_compile), [], [time.perf_counter()]
@@ -153,21 +161,21 @@ def _run(given: argparse.Namespace, method: str, seed: int, train: Tensor, valid
 def speed(given: argparse.Namespace) -> None:
     """Seconds a step of each method with the GPU to itself."""
     train = text.find(given.texts, "train")
-    for method in given.methods:
-        run = Run(method, None, given.model, 10 * TIMED, given.batch, warmup=TIMED, every=10**9)
+    for method, way in [(m, p) for m in given.methods for p in _products(given, m)]:
+        run = Run(method, None, given.model, 10 * TIMED, given.batch, warmup=TIMED, every=10**9, products=way)
         training = Training(run, train, compile=not given.no_compile, graphs=not given.no_graphs)
         begin = time.perf_counter()
         seconds(training, 4)
         ready = time.perf_counter() - begin
         times = [seconds(training, TIMED) for _ in range(given.repeats)]
         about = {"model": run.model, "method": method, "batch": run.batch, "graphs": training.captured is not None}
-        about |= {"step_seconds": times, "ready_seconds": ready, "loss": float(training.take_step())}
+        about |= {"products": way, "step_seconds": times, "ready_seconds": ready}
+        about |= {"loss": float(training.take_step())}
         append(given.outcomes, about | {"environment": environment(training.device.type)})
-        print(
-            method, f"{[round(1e3 * t, 2) for t in times]} ms a step, ready in {ready:.1f} s, {about['loss']:.4f} nats"
-        )
+        spans = [round(1e3 * t, 2) for t in times]
+        print(method, way, f"{spans} ms a step, ready in {ready:.1f} s, {about['loss']:.4f} nats", flush=True)
         if given.profile and training.device.type == "cuda":
-            _profile(training, given.outcomes.with_suffix(f".{method}.profile"))
+            _profile(training, given.outcomes.with_suffix(f".{method}.{way}.profile"))
         del training
         gc.collect()
 
@@ -182,40 +190,6 @@ def _profile(training: Training, file: Path) -> None:
 def _parameters(model: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(SHAPES[model]).parameters())
-
-
-def collect(given: argparse.Namespace) -> None:
-    """A line for each run, its curve, the summaries over all these outcomes, the chart of the first seed."""
-    found = [json.loads(line) for file in given.outcomes for line in file.read_text().splitlines()]
-    runs = [f for f in found if "curve" in f]
-    for run in runs:
-        check_equal(run, dense_of(run, runs))
-        for line in measured(run, dense_of(run, runs)):
-            append(LINES, line)
-        append(CURVES, {key: run[key] for key in ("model", "method", "seed", "tokens", "curve")})
-    timed, scaled = [f for f in found if "step_seconds" in f], [f for f in found if "wrap" in f]
-    probed = [f for f in found if "tried" in f]
-    for line in [*probed, *summaries(runs), *speeds(timed), *scaling(scaled)]:
-        append(LINES, line)
-        print(json.dumps({key: line[key] for key in ("summary", "case", "value", "range", "must", "n") if key in line}))
-    if runs:
-        first = {run["method"]: run["curve"] for run in runs if run["seed"] == runs[0]["seed"]}
-        chart.draw(first, given.chart or given.outcomes[0].with_suffix(".svg"))
-
-
-def larger(given: argparse.Namespace) -> None:
-    """Curves and last losses of runs of examples/pretrain_24.py, ended or not, their logs named METHOD.jsonl."""
-    about, curves = json.loads(given.environment.read_text()), {}
-    for log in given.logs:
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        curve, end = [x for x in lines if "loss" in x], lines[-1]
-        case = {"model": given.model, "method": log.stem, "seed": 0}
-        append(CURVES, case | {"tokens": end["tokens"], "steps_planned": given.planned, "curve": curve})
-        ends = {"step": end["step"], "steps_planned": given.planned, "tokens": end["tokens"]}
-        line = {"bench": "pretrain24", "case": case | {"variant": "larger"}, "ours": end["valid_loss"], "about": ends}
-        append(LINES, line | {"unit": "nats/byte", **about})
-        curves[log.stem] = curve
-    chart.draw(curves, given.chart)
 
 
 def probe(given: argparse.Namespace) -> None:
@@ -255,7 +229,7 @@ def _pair(given: str) -> tuple[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    known = (learn, work, speed, collect, larger, probe, scale, rank)
+    known = (learn, work, speed, collect, products, larger, probe, scale, rank)
     made = {f.__name__: verbs.add_parser(f.__name__, help=f.__doc__) for f in known}
     for name in ("learn", "work", "speed", "probe", "scale", "rank"):
         made[name].add_argument("texts", type=Path)
@@ -263,29 +237,32 @@ def main() -> None:
         made[name].add_argument("--model", default="10m")
         made[name].add_argument("--batch", type=int, default=128, help="windows a step")
         made[name].add_argument("--no-compile", action="store_true")
-    for name in ("probe", "scale"):
-        made[name].add_argument("--method", default="fst" if name == "probe" else "s_ste")
+    made["probe"].add_argument("--method", default="fst")
     for name in ("learn", "work", "probe"):
         made[name].add_argument("--warmup", type=int, default=100)
         made[name].add_argument("--probe-steps", type=int, default=120, help="of each try")
     for name in ("learn", "work", "speed"):
         made[name].add_argument("--methods", nargs="+", default=list(DEFAULT))
+        made[name].add_argument("--products", nargs="+", default=["dense"], choices=["dense", "sparse"])
     for name in ("learn", "work"):
         made[name].add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         made[name].add_argument("--probe", nargs="*", default=[], help="methods whose decay is probed for first")
         made[name].add_argument("--decay", type=_pair, nargs="+", default=[], dest="decays", help="METHOD=DECAY")
         made[name].add_argument("--tokens", type=float, default=TOKENS_A_PARAMETER, help="a parameter")
         made[name].add_argument("--every", type=int, default=50, help="steps between measures")
+        made[name].add_argument("--lr", type=float, default=1e-3)
     for name in ("scale", "rank"):
         made[name].add_argument("--steps", type=int, default=60)
-    made["rank"].add_argument("method")
+    made["rank"].add_argument("methods", nargs="+")
+    made["scale"].add_argument("--methods", nargs="+", default=["s_ste"])
     made["scale"].add_argument("--ranks", type=int, nargs="+", default=[2])
     made["speed"].add_argument("--repeats", type=int, default=3)
     made["speed"].add_argument("--no-graphs", action="store_true", help="launch every kernel from Python")
     made["speed"].add_argument("--profile", action="store_true", help="write what the GPU did beside the outcomes")
     made["learn"].add_argument("--seconds", type=float, default=3600, help="no run begins that would not end by then")
     made["work"].add_argument("--until", type=float, help="the same, as seconds since 1970")
-    made["collect"].add_argument("outcomes", type=Path, nargs="+")
+    for name in ("collect", "products"):
+        made[name].add_argument("outcomes", type=Path, nargs="+")
     made["collect"].add_argument("--chart", type=Path)
     made["larger"].add_argument("logs", type=Path, nargs="+")
     made["larger"].add_argument("--model", default="124m")
@@ -293,6 +270,7 @@ def main() -> None:
     made["larger"].add_argument("--environment", type=Path, required=True, help="JSON: machine, versions, commit, ...")
     made["larger"].add_argument("--chart", type=Path, required=True)
     given = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 64  # methods x phases share the code of a block
     globals()[given.verb](given)
 
 

@@ -5,16 +5,18 @@
     python benchmarks/bench_spmm.py --summarise             # the figures of the newest lines
 
 Timed hot (one set of operands, so that what fits the L2 cache stays there), as replayed CUDA graphs; cuSPARSE is
-prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. "ours" is the way that `SparseMatrix` chooses
-without measuring, "measured" the one that `measure=True` chose, by timings of its own; "measured_free" the same with
-`deterministic=False`; "candidates" are all that this one chose from, timed side by side with "baselines"; of them the
-default leaves out "left_out", and two runs of those in "unstable" did not agree. `packing_ms` is what choosing,
-reordering and packing took.
+prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. Every choice is made afresh, by timings of its
+own: "default" is the way that `SparseMatrix` chose, in `choosing_ms`; "predicted" that of `measure=False`, "measured"
+that of `measure=True`; "measured_free" the same with `deterministic=False`. What they took is looked up in
+"candidates", which are all ways, timed side by side with "baselines"; of them "left_out" are those that need
+`deterministic=False`, and two runs of those in "unstable" did not agree. "ours" is the default's. `packing_ms` is what
+predicting, reordering and packing took.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import math
 import os
@@ -32,14 +34,13 @@ import bsr
 import spmm_matrices
 from gossamer import cusparse, nvrtc, timing
 from gossamer.matrix import SparseMatrix
-from gossamer.spmm import Csr
+from gossamer.spmm import Csr, memory
 from gossamer.spmm.choice import Chooser
 from gossamer.spmm.kernels import cuda_rows, cuda_windows
 from gossamer.spmm.kernels import cusparse as cusparse_kernel
 from results import append, environment
-from spmm_lines import PRECISIONS, RESULTS, WIDTHS, summarise
+from spmm_lines import ERRORS, PRECISIONS, RESULTS, WIDTHS, summarise
 
-BOUNDS = {"fp16": 2e-3, "tf32": 1e-3, "fp32": 1e-5}
 BLOCKED = ("band64_16k", "band512_16k", "blockdiag64_shuffled")  # that all of cuSPARSE's block formats are tried on
 SMALL = 200_000  # entries; on larger matrices cuSPARSE's CSR_ALG1 was never the best, and very slow
 SECONDS = 0.003  # of timing per candidate, at least
@@ -79,11 +80,13 @@ def timed(runners: Mapping[str, timing.Call]) -> dict[str, float]:
     return timing.race({k: [r] for k, r in runners.items()}, torch.device("cuda"), SECONDS)
 
 
-def relative_error(found: torch.Tensor, a: Csr, b: torch.Tensor) -> float:
-    """Against float64, of the first columns."""
-    few = slice(0, 32)
-    expected = a.to(dtype=torch.float64).torch() @ b[:, few].double()
-    return float((found[:, few].double() - expected).norm() / expected.norm())
+def exact_product(a: Csr, b: torch.Tensor) -> torch.Tensor:
+    """In float64, its first columns."""
+    return a.to(dtype=torch.float64).torch() @ b[:, :32].double()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found[:, : expected.shape[1]].double() - expected).norm() / expected.norm())
 
 
 def cells(name: str, kind: str, a32: Csr) -> None:
@@ -93,15 +96,15 @@ def cells(name: str, kind: str, a32: Csr) -> None:
         a = a32.to(dtype=dtype)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        chooser = Chooser(a, tf32, True, False)
+        chooser = Chooser(a, tf32, True, False, measuring=False)
         chooser.prepare(WIDTHS[0], False)
         torch.cuda.synchronize()
         packing = time.perf_counter() - start
-        loose = Chooser(a, tf32, True, False, deterministic=False)
+        choosers = chooser, Chooser(a, tf32, True, False), Chooser(a, tf32, True, False, deterministic=False)
         for n in WIDTHS:
-            line = cell(name, kind, a32, a, n, precision, (chooser, loose), base[n])
+            line = cell(name, kind, a32, a, n, precision, choosers, base[n])
             append(RESULTS, line | {"packing_ms": round(1e3 * packing, 1)} | environment("cuda"))
-        del chooser, loose
+        del chooser, choosers
 
 
 def dense_operand(a: Csr, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -116,13 +119,13 @@ def cell(
     a: Csr,
     n: int,
     precision: str,
-    choosers: tuple[Chooser, Chooser],
+    choosers: tuple[Chooser, Chooser, Chooser],
     base: dict[str, float],
 ) -> dict:
-    """choosers: the default, and one that may choose what does not repeat itself to the bit."""
-    chooser, loose = choosers
+    """choosers: a predicting one, the default, and one that may choose what does not repeat itself to the bit."""
+    chooser, default, loose = choosers
     b = dense_operand(a, n, a.dtype)
-    runners, ways = {}, [w for w in loose.ways if w.kernel != "vendor"]
+    runners, ways = {}, [w for w in dict.fromkeys([*chooser.ways, *loose.ways]) if w.kernel != "vendor"]
     for way in ways:
         try:
             packed = chooser.packed(n, way)
@@ -132,10 +135,10 @@ def cell(
             runners.pop(str(way), None)
             print(f"{name} {way} N={n}: {error}", file=sys.stderr)
     worst, unstable = 0.0, []
-    exact = a32 if precision == "tf32" else a
+    expected = exact_product(a32 if precision == "tf32" else a, b)
     for key, run in runners.items():
-        error = relative_error(found := run(), exact, b)
-        if not error <= BOUNDS[precision]:
+        error = relative_error(found := run(), expected)
+        if not error <= ERRORS[precision]:
             raise ArithmeticError(f"{name} {key} N={n} {precision}: relative error {error:.1e}")
         worst = max(worst, error)
         if not all(torch.equal(found, run()) for _ in range(2)):
@@ -143,9 +146,11 @@ def cell(
     others = baselines(name, a, b, extra(name, a)) if precision == "fp16" else {}
     times = timed(runners | others)
     candidates = {k: round(times[k], 2) for k in runners}
-    own = {f"cusparse_{'fp16' if precision == 'fp16' else 'fp32'}_{label_of(k)}": k for k in runners if "cusparse" in k}
+    stored = "fp16" if precision == "fp16" else "fp32"
+    own = {f"cusparse_{stored}_{label_of(k)}": k for k in runners if "cusparse" in k}
     baseline = base | {k: times[k] for k in others} | {k: times[v] for k, v in own.items()}
     baseline = {k: round(v, 2) for k, v in baseline.items()}
+    choosing = choosing_ms(default, n)
     packs = chooser._packed
     chooser.prepare(n, True)
     measured = free = str(chooser.way(n))
@@ -156,7 +161,8 @@ def cell(
         free = str(loose.way(n))
     chooser._packed = packs  # all of them, for the next width
     stats = chooser.stats
-    chosen = next(str(w) for w in chooser.predicted(n) if str(w) in runners)
+    predicted = next(str(w) for w in chooser.predicted(n) if str(w) in runners)
+    chosen = str(default.way(n))
     reference = min(v for k, v in baseline.items() if k.startswith("cusparse_fp32"))
     print(f"{name:21s} {n:4d} {precision} {chosen:34s} {candidates[chosen]:8.1f} us", end=" ")
     print(f"{reference / candidates[chosen]:6.2f}x, measured {measured} {candidates[measured]:.1f}", flush=True)
@@ -168,7 +174,9 @@ def cell(
         "baseline_value": reference,
         "unit": "us",
         "ratio": round(reference / candidates[chosen], 3),
-        "way": chosen,
+        "default": chosen,
+        "choosing_ms": round(choosing, 2),
+        "predicted": predicted,
         "measured": measured,
         "measured_free": free,
         "left_out": left_out,
@@ -181,6 +189,16 @@ def cell(
     }
 
 
+def choosing_ms(default: Chooser, n: int) -> float:
+    """Milliseconds of choosing and packing for this width; binaries, order of rows and statistics are there already."""
+    assert default.stats
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    default.prepare(n, False)
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def label_of(way: str) -> str:
     """cusparse[alg=2] -> alg2."""
     return way.partition("[")[2].removesuffix("]").replace("=", "")
@@ -191,30 +209,33 @@ def extra(name: str, a: Csr) -> list[str]:
     return ["alg2"] + ["alg1"] * (a.nnz < SMALL) + (["ell16", "ell32", "bsr16"] if name in BLOCKED else [])
 
 
-def packing() -> None:
+def packing(folder: Path, data: Path) -> None:
     """Milliseconds from a torch.sparse tensor on the GPU to a packed matrix, without what only the first one costs."""
-    for name, make in LARGE.items():
-        a = spmm_matrices.csr(make(), torch.device("cuda")).torch()
-        took = [_packed_in(a) for _ in range(4)][1:]
+    for name in LARGE:
+        generate(folder, data, name)
+        a = spmm_matrices.csr(generated(folder, name), torch.device("cuda")).torch()
+        took, ways = zip(*[_packed_in(a) for _ in range(4)][1:], strict=True)
         line = {"bench": "spmm", "summary": "packing_ms", "case": {"matrix": name, "nnz": a.values().numel()}}
+        line["case"] |= {"choice": "default"}
         line |= {"value": round(1e3 * max(took), 1), "sense": "<=", "must": 1000, "unit": "ms", "n": len(took)}
         append(RESULTS, line | {k: environment("cuda")[k] for k in ("machine", "commit", "date")})
-        print(name, a.values().numel(), [round(1e3 * t, 1) for t in took], "ms", flush=True)
+        print(name, a.values().numel(), [round(1e3 * t, 1) for t in took], "ms", *ways, flush=True)
 
 
-def _packed_in(a: torch.Tensor) -> float:
+def _packed_in(a: torch.Tensor) -> tuple[float, str]:
+    """Seconds, and what was chosen."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    SparseMatrix(a, "fp16").prepare(128)
+    packed = SparseMatrix(a, "fp16").prepare(128)
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, str(packed.way(128))
 
 
 def generate(folder: Path, data: Path, name: str) -> None:
     """Keeps a pattern in `folder`, so that all are made side by side before the GPU is needed."""
     path = folder / f"{name.replace('%', '')}.npz"
     if not path.exists():
-        kind, shape, rows, cols = spmm_matrices.patterns(data)[name]()
+        kind, shape, rows, cols = (LARGE[name] if name in LARGE else spmm_matrices.patterns(data)[name])()
         np.savez(path, kind=kind, shape=shape, rows=rows.astype(np.int32), cols=cols.astype(np.int32))
 
 
@@ -260,26 +281,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real matrices")
     parser.add_argument("--work", type=Path, default=Path("/tmp/gossamer_spmm"), help="folder for the generated ones")
-    parser.add_argument("--only", nargs="*", help="names of matrices")
+    parser.add_argument("--only", nargs="*", help="names of matrices, in the order to be measured")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no matrix after so many")
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--packing", action="store_true")
     asked = parser.parse_args()
-    if asked.summarise or asked.packing:
-        return summarise() if asked.summarise else packing()
-    start = time.monotonic()
-    names = [n for n in spmm_matrices.patterns(asked.data) if not asked.only or n in asked.only]
     asked.work.mkdir(exist_ok=True)
+    memory.Memory.recall = lambda self, n: None  # every choice is made afresh
+    if asked.summarise or asked.packing:
+        return summarise() if asked.summarise else packing(asked.work, asked.data)
+    start = time.monotonic()
+    names = asked.only or list(spmm_matrices.patterns(asked.data))
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(generate, asked.work, asked.data), names))
     warm_compiler()
     timing.LAUNCHES = 10
+    gc.freeze()  # torch collects garbage before every capture
+    wrong: list[str] = []
     for name in names:
         if time.monotonic() - start > asked.seconds:
             return print("out of time before", name)
         pattern = generated(asked.work, name)
-        cells(name, pattern[0], spmm_matrices.csr(pattern, torch.device("cuda")))
+        try:
+            cells(name, pattern[0], spmm_matrices.csr(pattern, torch.device("cuda")))
+        except ArithmeticError as error:
+            wrong.append(str(error))
         torch.cuda.empty_cache()
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -95,24 +95,51 @@ def speeds(timed: list[dict]) -> Iterator[dict]:
     found: dict[tuple, list[float]] = defaultdict(list)
     for t in timed:
         if t["graphs"]:
-            found[t["model"], t["batch"], t["method"]] += t["step_seconds"]
-    for (model, batch, method), seconds in found.items():
-        dense = found.get((model, batch, "dense"))
+            found[t["model"], t["batch"], t["method"], t.get("products", "dense")] += t["step_seconds"]
+    for (model, batch, method, products), seconds in found.items():
+        dense = found.get((model, batch, "dense", "dense"))
         if method == "dense" or not dense or not seconds:
             continue
+        sparse = products == "sparse"
+        itself = {f"{method}, dense products": min(s)} if (s := found.get((model, batch, method, "dense"))) else {}
         yield {
             "bench": "pretrain24",
             "summary": "step_time_ratio",
-            "case": {"method": method, "model": model},
+            "case": {"method": method, "model": model} | ({"variant": "sparse products"} if sparse else {}),
             "value": min(dense) / min(seconds),
             "sense": ">=",
             "must": None,
             "unit": "ratio",
             "n": len(seconds),
             "range": [min(dense) / max(seconds), max(dense) / min(seconds)],
-            "step_seconds": {"dense": min(dense), method: min(seconds)},
+            "step_seconds": {"dense": min(dense), method: min(seconds)} | (itself if sparse else {}),
             "windows_a_step": batch,
             **{key: timed[-1]["environment"][key] for key in ("machine", "commit", "date")},
+        }
+
+
+def same_loss(runs: list[dict]) -> Iterator[dict]:
+    """Validation losses with sparse products less those with dense ones, of the same method, seed and steps."""
+    keys = ("model", "method", "seed", "steps", "batch")
+    dense = {tuple(r[k] for k in keys): r for r in runs if r["products"] == "dense"}
+    for run in [r for r in runs if r["products"] == "sparse"]:
+        other = dense.get(tuple(run[k] for k in keys))
+        if other is None:
+            raise SystemExit(f"{run['method']}, seed {run['seed']}, ran with sparse products only; fix: run both")
+        gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(run["curve"], other["curve"], strict=True)]
+        yield {
+            "bench": "pretrain24",
+            "summary": "loss_difference",
+            "case": {k: run[k] for k in ("model", "method", "steps")} | {"variant": "sparse products"},
+            "value": abs(run["finished_loss"] - other["finished_loss"]),
+            "sense": "<=",
+            "must": None,
+            "unit": "nats/byte",
+            "n": 1,
+            "losses": {"sparse": run["finished_loss"], "dense": other["finished_loss"]},
+            "largest_gap_of_the_curves": max(gaps),
+            "step_seconds": {"sparse": run["step_seconds"], "dense": other["step_seconds"]},
+            **{key: run["environment"][key] for key in ("machine", "commit", "date")},
         }
 
 
@@ -142,7 +169,8 @@ def scaling(found: list[dict]) -> Iterator[dict]:
         one = next(f for f in found if f["wrap"] == "alone" and all(f[key] == run[key] for key in same))
         case = {key: run[key] for key in ("model", "method", "ranks", "wrap", "steps")}
         about = {key: run["environment"][key] for key in ("machine", "commit", "date")}
-        about = {"must": None, "n": 1, "loss": run["loss"], "tokens_a_second": run["tokens_a_second"], **about}
+        about = {"loss": run["loss"], "tokens_a_second": run["tokens_a_second"], "masks": run["masks"], **about}
+        about = {"must": None, "n": 1, **about}
         gone = {"value": abs(run["loss"] - one["loss"]), "sense": "<=", "unit": "nats/byte"}
         yield {"bench": "pretrain24", "summary": "loss_difference", "case": case, **gone, **about}
         if run["ranks"] > 1:

@@ -249,9 +249,10 @@ def encoder_speed() -> str:
 
 
 def encoders() -> str:
-    """What block-sparse encoders keep."""
+    """What block-sparse encoders keep; activations rounded token by token."""
+    common = {"pattern": "4x1", "activations": None}
     kept = {
-        (s, v): latest("quality", "ndcg_kept", sparsity=s, variant=v, int8=v != "one_shot", pattern="4x1")
+        (s, v): latest("quality", "ndcg_kept", **common, sparsity=s, variant=v, int8=v != "one_shot")
         for s in (0.7, 0.8)
         for v in ("distilled", "one_shot")
     }

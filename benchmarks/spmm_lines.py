@@ -16,7 +16,9 @@ from results import append, environment
 RESULTS = Path(__file__).parent / "results" / "spmm.jsonl"
 WIDTHS = (8, 32, 128, 512)
 PRECISIONS = {"fp16": (torch.float16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
+ERRORS = {"fp16": 2e-3, "tf32": 1e-3, "fp32": 1e-5}
 MUST = {"fp16": {8: 1.9, 32: 1.8, 128: 2.0, 512: 2.1}, "tf32": dict.fromkeys(WIDTHS, 1.2)}
+CHOICES = ("default", "predicted", "measured", "measured_free")
 SPECIAL = (
     ("band512_vs_bsr", "band512_16k", 3.0, ("bsr",)),
     ("band512_vs_blocked_ell", "band512_16k", 1.0, ("ell",)),
@@ -27,7 +29,7 @@ SPECIAL = (
 def newest() -> list[dict]:
     """The last line of each case, of those that know what was measured."""
     lines = [json.loads(x) for x in RESULTS.read_text().splitlines()]
-    return list({json.dumps(x["case"]): x for x in lines if "measured_free" in x}.values())
+    return list({json.dumps(x["case"]): x for x in lines if "default" in x}.values())
 
 
 def stats_of(line: dict) -> model.Stats:
@@ -65,10 +67,11 @@ def geomean(values: list[float]) -> float:
 
 
 def summarise() -> None:
-    """Figures by what the model chooses today ("predicted") and by what measuring chose."""
+    """Figures by what the default and measuring chose, and by what the model chooses today ("predicted")."""
     lines = newest()
     took = {
         id(x): {
+            "default": x["candidates"][x["default"]],
             "predicted": x["candidates"][rechosen(x)],
             "measured": x["candidates"][x["measured"]],
             "measured_free": x["candidates"][x["measured_free"]],
@@ -76,7 +79,7 @@ def summarise() -> None:
         }
         for x in lines
     }
-    for precision, n, choice in itertools.product(PRECISIONS, WIDTHS, ("predicted", "measured", "measured_free")):
+    for precision, n, choice in itertools.product(PRECISIONS, WIDTHS, CHOICES):
         own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n]
         if not own:
             continue
@@ -93,9 +96,31 @@ def summarise() -> None:
         low = {k: round(v, 2) for k, v in sorted(ratios.items(), key=lambda i: i[1]) if v < 0.95}
         print(precision, n, choice, {k: round(v, 2) for k, v in sums.items()}, "below:", low)
     special(lines, took)
+    preparation(lines, took)
+    for precision, must in ERRORS.items():
+        errors = [x["error"] for x in lines if x["case"]["precision"] == precision]
+        write("worst_error", {"precision": precision}, max(errors), must, len(errors), "<=")
+    differ = sum(any(way in allowed(x) for way in x["unstable"]) for x in lines)
+    write("cells_where_two_runs_differ", {}, differ, 0, len(lines), "<=")
+    print("cells where two runs differ:", differ)
     within = [t["predicted"] <= 1.15 * t["best"] for t in took.values()]
     write("choice_within_15pct", {}, sum(within) / len(within), 0.85, len(within))
     print("choice within 15 %:", sum(within) / len(within), "of", len(within))
+
+
+def preparation(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
+    """What the default's choosing costs, and after how many products it and packing are repaid, against cuSPARSE."""
+    choosing = sorted(x["choosing_ms"] for x in lines)
+    for name, value in (("median", choosing[len(choosing) // 2]), ("worst", choosing[-1])):
+        write("choosing_ms", {"of": name}, value, None, len(choosing), "<=", "ms")
+        print("choosing", name, value, "ms")
+    for precision, n in itertools.product(PRECISIONS, WIDTHS):
+        own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n]
+        gains = [(x, x["baseline_value"] - took[id(x)]["default"]) for x in own]
+        counts = sorted(1e3 * (x["packing_ms"] + x["choosing_ms"]) / g if g > 0 else math.inf for x, g in gains)
+        if counts and math.isfinite(value := counts[len(counts) // 2]):
+            write("repaid_after", {"N": n, "precision": precision}, value, None, len(counts), "<=", "products")
+            print("repaid after", precision, n, round(value), "products (median)")
 
 
 def special(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
@@ -105,7 +130,7 @@ def special(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
         if case["matrix"] != matrix or case["precision"] != "fp16":
             continue
         other = min(v for k, v in line["baselines"].items() if any(label in k for label in labels))
-        for choice in ("predicted", "measured"):
+        for choice in CHOICES[:3]:
             value = other / took[id(line)][choice]
             write(name, {"N": case["N"], "choice": choice}, value, must if case["N"] == 512 else None, 1)
             print(name, case["N"], choice, round(value, 2))
@@ -118,8 +143,15 @@ def best_other(line: dict) -> float:
     return min([*able, *(v for k, v in line["candidates"].items() if k.startswith("dense"))])
 
 
-def write(name: str, case: dict, value: float, must: float | None, n: int) -> None:
+def write(name: str, case: dict, value: float, must: float | None, n: int, sense: str = ">=", unit: str = "") -> None:
     """A summary line; its machine is that of the lines that it sums."""
     kept = {k: environment()[k] for k in ("commit", "date")} | {"machine": newest()[-1]["machine"]}
-    line = {"bench": "spmm", "summary": name, "case": case, "value": round(value, 3), "sense": ">=", "must": must}
-    append(RESULTS, line | {"unit": "", "n": n} | kept)
+    line = {
+        "bench": "spmm",
+        "summary": name,
+        "case": case,
+        "value": float(f"{value:.4g}"),
+        "sense": sense,
+        "must": must,
+    }
+    append(RESULTS, line | {"unit": unit, "n": n} | kept)

@@ -13,7 +13,7 @@ if [ "$(uname -m)" = x86_64 ]; then
   "${CXX:-g++}" "${flags[@]}" "${avx2[@]}" -c avx2.cpp -o "$out/avx2.o"
   "${CXX:-g++}" "${flags[@]}" "${avx2[@]}" -mavxvnni -c avxvnni.cpp -o "$out/avxvnni.o"
   "${CXX:-g++}" "${flags[@]}" "${avx512[@]}" -c avx512.cpp -o "$out/avx512.o"
-  "${CXX:-g++}" "${flags[@]}" "${avx512[@]}" -mamx-tile -mamx-int8 -c amx.cpp -o "$out/amx.o"
+  "${CXX:-g++}" "${flags[@]}" "${avx512[@]}" -mavx512vbmi2 -mamx-tile -mamx-int8 -c amx.cpp -o "$out/amx.o"
 fi
 for source in fuzz pack run scalar ../parallel; do
   "${CXX:-g++}" "${flags[@]}" -c "$source.cpp" -o "$out/$(basename "$source").o"

@@ -56,8 +56,8 @@ def test_digest_sees_the_shape():
     [
         ([], words, "empty"),
         ("", words, "empty"),
-        ("abcdefg", words, r"has 7 tokens, 4 windows of 3 take 12; fix: .*samples=2"),
-        ("ab", words, r"has 2 tokens.*samples=1, length=2"),
+        ("abcdefg", words, r"has 7 tokens, 4 windows of 3 take 12; fix: .*ask for 2 samples"),
+        ("ab", words, r"has 2 tokens.*1 sample of length 2"),
         ("abc", None, "tokenizer"),
         ([[0.5, 1.0]], None, "not integers"),
         (torch.zeros(2, 2), None, "not .samples, length. int"),
@@ -72,7 +72,7 @@ def test_ids_and_windows_that_the_model_cannot_read():
     model = make("llama")
     with pytest.raises(CalibrationError, match=r"from 0 to 64, the model knows 0 to 63.*tokenizer"):
         Calibration(torch.tensor([[0, 64]])).check(model)
-    with pytest.raises(CalibrationError, match="65 tokens, the model reads at most 64; fix: length=64"):
+    with pytest.raises(CalibrationError, match="65 tokens, the model reads at most 64; fix: a length of 64"):
         Calibration(torch.zeros(1, 65, dtype=torch.long)).check(model)
 
 

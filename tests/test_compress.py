@@ -226,9 +226,11 @@ def test_sequential_blocks_see_what_their_predecessors_put_out():
 def test_rules_mix_methods_and_leave_layers_dense():
     model = Model()
     made = plan(model, "magnitude", 0.3, [Rule("*.a", "dense"), Rule("blocks.1.b", "wanda")])
-    compress(model, IDS, made)
+    reports = []
+    compress(model, IDS, made, report=reports.append)
     assert type(model.blocks[0].a) is nn.Linear and isinstance(model.blocks[1].b, SparseLinear)
     assert len(sparse_layers(model)) == 4
+    assert (reports[0].dense_bytes, reports[0].stored_bytes) == (made.dense_bytes, made.stored_bytes)
 
 
 def test_progress_counts_to_the_end():

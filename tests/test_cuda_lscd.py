@@ -201,8 +201,9 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | Non
         cuda_lscd.launch(rows_of("test", x, packed.meta, x.device, COLUMNS), packed.tensors, packed.meta, bias, y, cut)
     expected = x.double() @ a.double().mT + (0 if bias is None else bias.double())
     error = float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
-    # A single result is rounded by up to 2^-8 (bfloat16) or 2^-11; many, by less than 2e-3 on average.
-    assert error < (4e-3 if x.dtype == torch.bfloat16 else 5e-4), f"{error:.1e} with {cut}"
+    # Rounding to bfloat16 alone is 1.7e-3 of many results, but up to 2^-8 of a single one; to float16, an eighth of it.
+    most = 2e-3 if y.numel() >= 1024 else 4e-3
+    assert error < (most if x.dtype == torch.bfloat16 else 5e-4), f"{error:.1e} with {cut}"
 
 
 @pytest.mark.gpu

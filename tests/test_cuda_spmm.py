@@ -231,6 +231,15 @@ def test_against_float64(name: str, knobs: dict, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("name", "knobs"), WAYS[:1] + WAYS[-2:])
+def test_the_widest(name: str, knobs: dict, dtype: torch.dtype) -> None:
+    a = hubs(200, 300, 0.1).to("cuda", dtype)
+    for n in (1000, 4096, 5003):
+        checked(name, a, torch.randn(300, n, device="cuda").to(dtype), **knobs)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("name", "knobs"), WAYS)
 def test_rows_in_another_order_and_a_hub(name: str, knobs: dict) -> None:
     a = (torch.randn(3000, 20000, device="cuda") * (torch.rand(3000, 20000, device="cuda") < 0.002)).half()

@@ -1,9 +1,16 @@
 """What runs on the CPU runs the same on a GPU: formats, ops, methods."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 
+import gossamer
 from gossamer import dispatch, formats, methods, nn, patterns
+from gossamer.checkpoint import densify
+from gossamer.formats.dense import Dense
+from gossamer.formats.product import Product
 from gossamer.kernels import reference
 from gossamer.stats import Stats
 
@@ -83,3 +90,35 @@ def test_op_equals_the_reference_kernel() -> None:
     x, parts = torch.randn(4, 21, device="cuda"), list(found.tensors().values())
     y = torch.ops.gossamer.linear(x, parts, dispatch.to_layout(found.spec()), None)
     assert torch.equal(y, reference.linear(x, found))
+
+
+@pytest.mark.parametrize(("kernel", "codes"), [("cuda_lscd", "bitmask"), ("cuda_nm24", "nm24")])
+def test_codes_of_a_product_on_the_kernels_for_few_tokens(kernel: str, codes: str, tmp_path: Path) -> None:
+    s, d = sparse(256, 128, 0.4, torch.bfloat16).cuda(), torch.randn(128, 520, device="cuda").bfloat16()
+    a = Product.of(formats.registry[codes].encode(s), Dense.encode(d))
+    model = torch.nn.Sequential(nn.SparseLinear.from_format(a))
+    gossamer.prepare(model, tokens=[1, 16, 256], dtype=torch.bfloat16, kernel=kernel, lock=tmp_path / "lock.json")
+    for tokens in (0, 1, 16, 300):
+        assert kernel in [step.kernel for step in dispatch.route(model[0].layout).way(max(tokens, 1))]
+        x = torch.randn(tokens, 520, device="cuda").bfloat16()
+        expected = x.double() @ d.double().mT @ s.double().mT
+        error = (model(x).double() - expected).norm() / expected.norm().clamp(min=1e-30)
+        assert float(error) < 1e-2, f"{error:.1e} of {tokens} tokens"
+
+
+@pytest.mark.parametrize(("kernel", "how"), [("cuda_lscd", {}), ("cuda_nm24", {"format": "nm24"})])
+def test_generate_with_a_static_cache(kernel: str, how: dict[str, str], tiny_folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16).cuda().eval()
+    ratio = 0.4375 if how else 0.4
+    sparse = gossamer.compress(copy.deepcopy(dense), method="magnitude", ratio=ratio, **how)
+    dense = densify(copy.deepcopy(sparse), torch.bfloat16)
+    gossamer.prepare(sparse, tokens=[1, 16], dtype=torch.bfloat16, kernel=kernel, lock=tmp_path / "lock.json")
+    ids = torch.arange(1, 13, device="cuda").view(2, 6)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    for model in (sparse, dense):
+        assert model.generate(ids, **options).shape == (2, 11)
+    with torch.inference_mode():
+        found, expected = sparse(ids).logits.double(), dense(ids).logits.double()
+    assert float((found - expected).norm() / expected.norm()) < 3e-2

@@ -95,6 +95,9 @@ def test_what_is_no_matrix_is_refused() -> None:
     for wrong in ([1, 2], object(), torch.zeros(3), torch.zeros(2, 2, 2)):
         with pytest.raises(FormatError):
             SparseMatrix(wrong)
+    for wrong in (torch.eye(3) * 1j, scipy.sparse.csr_array(np.eye(3) * 1j)):
+        with pytest.raises(FormatError, match="complex values are not multiplied; fix"):
+            SparseMatrix(wrong)
     with pytest.raises(ValueError, match="fp32, tf32, fp16, bf16; fix"):
         SparseMatrix(random(), "int8")
 
@@ -114,6 +117,9 @@ def test_wrong_operands_are_refused() -> None:
             a @ wrong
     with pytest.raises(ValueError, match="fix: B.to"):
         a @ torch.randn(90, 2, device="meta")
+    for wrong in (torch.ones(90, 2, dtype=torch.int64), torch.ones(90, 2) * 1j, torch.ones(90, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="fix: B.float"):
+            a @ wrong
 
 
 def test_a_matrix_larger_than_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +335,33 @@ def test_everything_in_a_cuda_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("measure", [True, False, None])
+def test_a_width_that_is_not_packed_cannot_be_captured(measure: bool | None) -> None:
+    a, b = SparseMatrix(random(500, 400), device="cuda", measure=measure), torch.randn(400, 64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(KernelError, match=r"fix: make one such product, or call prepare\(64\)"),
+        torch.cuda.graph(graph),
+    ):
+        a @ b
+    torch.testing.assert_close(a @ b, a.torch() @ b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_default_is_checked_against_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    a, b = random(2000, 3000, 0.2).cuda(), torch.randn(3000, 40, device="cuda")
+    before = torch.cuda.get_rng_state()
+    for precision in ("fp16", "fp32"):
+        sparse = SparseMatrix(a, precision)
+        expected = a.double() @ b.double()
+        assert float((sparse @ b - expected).norm() / expected.norm()) < 2e-3
+        times = sparse._side(False).chooser._times[64]
+        assert len(times) > 1 and 0 < min(times.values()) < 1e5 and sparse.way(40) == min(times, key=lambda w: times[w])
+    assert torch.equal(before, torch.cuda.get_rng_state()), "it drew from the user's random numbers"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "fp32"])
 def test_precisions(precision: str) -> None:
     a, b = random(700, 900, 0.05).cuda(), torch.randn(900, 40, device="cuda")
@@ -386,6 +419,71 @@ def test_what_was_measured_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.undo()
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "spmm" / kept.name / "no folder"))
     SparseMatrix(a, measure=True) @ b
+
+
+def rivals_on_the_cpu(monkeypatch: pytest.MonkeyPatch, winner: str) -> list[dict]:
+    """Races between what is predicted alike are won by `winner`; the result lists them."""
+    races = []
+
+    def duel(runners: dict, device: torch.device) -> dict[str, float]:
+        races.append(runners)
+        return {name: 1.0 if name == winner else 2.0 for name in runners}
+
+    monkeypatch.setattr("gossamer.spmm.duel.duel", duel)
+    monkeypatch.setattr(Chooser, "_on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr("gossamer.spmm.model.microseconds", lambda way, *_: 3.0 if way.kernel == "dense" else 2.0)
+    return races
+
+
+@pytest.mark.parametrize("winner", ["dense", "vendor"])
+def test_the_default_is_a_race_with_the_library(monkeypatch, tmp_path: Path, winner: str) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    a, b, state = random(), torch.randn(90, 7), torch.get_rng_state()
+    races, sparse = rivals_on_the_cpu(monkeypatch, winner), SparseMatrix(a)
+    torch.testing.assert_close(sparse @ b, a @ b)
+    assert str(sparse.way(8)) == winner and [set(r) for r in races] == [{"dense", "vendor"}]
+    assert [str(w) for _, w in sparse._side(False).chooser._packed] == [winner], "the loser stays packed"
+    assert str(SparseMatrix(a).way(8)) == winner and len(races) == 1, "raced again"
+    assert str(SparseMatrix(a, measure=False).way(8)) == "vendor" and torch.equal(state, torch.get_rng_state())
+    sparse.prepare(8, measure=True)  # by the long race, whoever wins it
+    assert "measured" in sparse.explain(8) and len(races) == 1
+
+
+def test_the_default_races_with_nobody_who_is_far_behind(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    races = rivals_on_the_cpu(monkeypatch, "dense")
+    monkeypatch.setattr("gossamer.spmm.model.microseconds", lambda way, *_: 7.0 if way.kernel == "dense" else 2.0)
+    assert str(SparseMatrix(random()).way(8)) == "vendor" and not races
+
+
+def test_the_default_predicts_where_nothing_can_be_tried(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    races = rivals_on_the_cpu(monkeypatch, "dense")
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "randn", full)
+    assert str(SparseMatrix(torch.eye(5)).way(8)) == "vendor" and not races
+    monkeypatch.undo()
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    races = rivals_on_the_cpu(monkeypatch, "dense")
+    for kernel in ("dense", "vendor"):
+        monkeypatch.setattr(registry[kernel], "pack", full)
+    assert str(SparseMatrix(torch.eye(5)).way(8)) == "vendor" and not races
+
+
+def test_nothing_is_packed_while_a_graph_is_captured(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    a, b = random(), torch.randn(90, 40)
+    rivals_on_the_cpu(monkeypatch, "vendor")
+    sparse = SparseMatrix(a).prepare(64)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    torch.testing.assert_close(sparse @ b, a @ b)
+    for call in (lambda: sparse @ b[:, :8], lambda: sparse.T @ torch.randn(60, 40), lambda: sparse.prepare(8)):
+        with pytest.raises(KernelError, match="fix: make one such product, or call prepare"):
+            call()
 
 
 def test_patterns_have_digests_of_their_own() -> None:

@@ -1,6 +1,7 @@
 """SparseLinear and the ops beneath it, for every format in the folder."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,58 @@ def test_compile_keeps_the_graph_whole(a: Format, bias: bool) -> None:
         compiled(x).sum().backward()
         model(x2).sum().backward()
         torch.testing.assert_close(x.grad, x2.grad)
+
+
+def called(graph: torch.fx.GraphModule) -> list[object]:
+    return [n.target for n in graph.graph.nodes if n.op == "call_function"]
+
+
+def test_compiled_inference_calls_the_layer_by_its_number() -> None:
+    torch._dynamo.reset()
+    layer, seen = SparseLinear.from_format(stored("bitmask"), torch.randn(M)), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.append((called(graph), len(inputs)))
+        return graph
+
+    compiled, x = torch.compile(layer, fullgraph=True, backend=backend), torch.randn(2, K)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+        layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)  # what the layer holds now counts
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+        gossamer.prepare(layer, tokens=[2], kernel="reference")
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+        with pytest.raises(ValueError, match="x has 5 features"):
+            torch.ops.gossamer.call(torch.randn(2, 5), layer._number, M)
+    assert all(targets == [torch.ops.gossamer.call] and inputs == 1 for targets, inputs in seen)
+
+
+def test_every_copy_has_a_number_of_its_own() -> None:
+    layer, x = SparseLinear.from_format(stored("bitmask")), torch.randn(2, K)
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)]
+    assert len({m._number for m in (layer, *copies)}) == 4
+    layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+    for m in (layer, copies[0], copies[1]):
+        torch.testing.assert_close(torch.ops.gossamer.call(x, m._number, M), m(x))
+    torch.library.opcheck(torch.ops.gossamer.call.default, (x, layer._number, M))
+
+
+def test_a_layer_that_is_gone_is_not_called() -> None:
+    layer, x = SparseLinear.from_format(stored("bitmask")), torch.randn(2, K)
+    number = layer._number
+    del layer
+    with pytest.raises(RuntimeError, match="is gone; fix: keep the model"):
+        torch.ops.gossamer.call(x, number, M)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_carries_the_tensors(strict: bool) -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(SparseLinear.from_format(stored("bitmask"), torch.randn(M))).eval(), torch.randn(2, K)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), model(x))
+    assert torch.ops.gossamer.linear.default in called(program.graph_module)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -4,8 +4,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-LINES = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "pretrain24_lines.py"))
+from gossamer.train import FST, SSTE, sparsify
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LINES = runpy.run_path(str(BENCHMARKS / "pretrain24_lines.py"))
 ABOUT = {"machine": "M", "commit": "c", "date": "d"}
 
 
@@ -62,10 +66,30 @@ def test_step_times_are_compared_at_their_best_captured_alone():
     assert line["value"] == 0.5 and line["range"] == [0.4, 0.75]
 
 
+def test_sparse_products_are_timed_beside_the_dense_ones_of_their_method():
+    found = [timed("dense", 2.0), timed("fst", 4.0) | {"products": "dense"}, timed("fst", 2.5) | {"products": "sparse"}]
+    dense, sparse = LINES["speeds"](found)
+    assert dense["value"] == 0.5 and sparse["value"] == 0.8
+    assert "variant" not in dense["case"] and sparse["case"]["variant"] == "sparse products"
+    assert sparse["step_seconds"] == {"dense": 2.0, "fst": 2.5, "fst, dense products": 4.0}
+
+
+def test_sparse_products_are_held_against_the_same_run_with_dense_ones():
+    def run(products, loss, steps=10):
+        curve = [{"step": 5, "loss": loss + 0.5}, {"step": 10, "loss": loss}]
+        return outcome("fst", 0, loss, 0.1, products=products, step_seconds=[1.0]) | {"steps": steps, "curve": curve}
+
+    (line,) = LINES["same_loss"]([run("dense", 2.0), run("sparse", 2.25), run("dense", 9.0, steps=20)])
+    assert line["value"] == 0.25 and line["largest_gap_of_the_curves"] == 0.25
+    assert line["losses"] == {"sparse": 2.25, "dense": 2.0}
+    with pytest.raises(SystemExit, match="ran with sparse products only; fix"):
+        list(LINES["same_loss"]([run("sparse", 2.0)]))
+
+
 def test_several_gpus_are_held_against_one_of_the_same_steps():
     def scaled(wrap, ranks, speed, loss, steps=8):
         case = {"model": "m", "method": "s_ste", "ranks": ranks, "wrap": wrap, "steps": steps}
-        return case | {"tokens_a_second": speed, "loss": loss, "environment": ABOUT}
+        return case | {"tokens_a_second": speed, "loss": loss, "masks": {"same": True}, "environment": ABOUT}
 
     found = [
         scaled("alone", 1, 1.0, 9.0, steps=4),
@@ -84,3 +108,16 @@ def test_runs_of_other_data_or_without_dense_are_refused():
         LINES["check_equal"](ours | {"steps": 99}, dense)
     with pytest.raises(SystemExit, match="has no dense run; fix"):
         LINES["dense_of"](ours | {"seed": 7}, [dense, ours])
+
+
+def test_masks_that_differ_or_cut_tiles_are_seen(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "examples"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    masks = runpy.run_path(str(BENCHMARKS / "pretrain24_scale.py"))["masks"]
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparse = sparsify(net, FST(dense_tail=0), filter="*")
+    assert masks(sparse) == {"same_on_all_ranks": True, "whole_tiles": True}
+    mask = sparse.layers[1].state()["mask"]
+    mask.copy_(mask.roll(1, 0))
+    assert masks(sparse) == {"same_on_all_ranks": True, "whole_tiles": False}
+    assert masks(sparsify(nn.Linear(8, 8), SSTE(), filter="*")) == {"same_on_all_ranks": True}

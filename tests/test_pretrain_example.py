@@ -72,6 +72,18 @@ def test_the_chart_shows_every_run_beside_it(main, texts, tmp_path):
     assert chart.count("<polyline") == 4 and ">dense</text>" in chart and ">sr_ste</text>" in chart
 
 
+def test_tensorboard_gets_what_the_log_has(main, texts, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, _, log = run(main, texts, tmp_path / "board", "s_ste", "--tensorboard")
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    lines = [json.loads(line) for line in log.splitlines()]
+    for name in ("loss", "flip_rate", "three_zeros", "valid_loss"):
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        assert shown == [(line["step"], pytest.approx(line[name])) for line in lines if name in line], name
+
+
 @pytest.mark.parametrize(("wrap", "cut"), [("ddp", False), ("fsdp", True)])
 def test_two_ranks_train_what_one_trains_and_resume(main, texts, tmp_path, wrap, cut):
     loss, weights, _ = run(main, texts, tmp_path / "one", "s_ste")
@@ -91,5 +103,7 @@ def _on_two_ranks(texts, out, *more):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(EXAMPLES / "pretrain_24.py"), str(texts), str(out), *SMALL, *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    if torch.cuda.device_count() < 2:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # ranks do not share a GPU
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -174,3 +174,16 @@ def test_prepared_in_inference_mode_is_as_good() -> None:
         gossamer.prepare(model)
     assert not any(p.is_inference() for p in model.parameters())
     assert not any(t.is_inference() for t in model.q_proj.stack.operands)
+
+
+def test_a_copy_is_called_by_a_number_of_its_own(model: Attention) -> None:
+    other = copy.deepcopy(model)
+    mine, copied = model.q_proj.stack, other.q_proj.stack
+    assert mine._number != copied._number and copied is other.k_proj.stack
+    x = torch.randn(1, 40)
+    with torch.no_grad():
+        copied.operands[0].mul_(2)
+        for stack in (mine, copied):
+            found = torch.ops.gossamer.call(x, stack._number, sum(stack.rows))
+            torch.testing.assert_close(found, stack.run(x), rtol=0, atol=0)
+        assert not torch.equal(mine.run(x), copied.run(x))

@@ -14,11 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gossamer import patterns
-from gossamer.train import FST, SRSTE, SSTE, Dense, sparsify
+from gossamer.train import FST, SRSTE, SSTE, Dense, sharding, sparsify
 
 RANKS, STEPS, BATCH = 2, 6, 8
 METHODS = {
@@ -62,13 +64,13 @@ def fit(net, sparse, optimizer, rank=0, ranks=1, steps=slice(None)):
         optimizer.zero_grad()
 
 
-def start(method, wrap, shard_first=False):
+def start(method, wrap, shard_first=False, products=None):
     net = build()
     if shard_first:
         net = wrap(net)
         sparse = sparsify(net, method, every=3)
     else:
-        sparse = sparsify(net, method, every=3)
+        sparse = sparsify(net, method, every=3, products=products)
         net = wrap(net)
     return net, sparse, torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-4)
 
@@ -109,8 +111,8 @@ def sharded(policy=None, layers=False):
     return wrap
 
 
-def fsdp(rank, method, shard_first=False, layers=False):
-    net, sparse, optimizer = start(method, sharded(layers=layers), shard_first)
+def fsdp(rank, method, shard_first=False, layers=False, products=None):
+    net, sparse, optimizer = start(method, sharded(layers=layers), shard_first, products)
     fit(net, sparse, optimizer, rank, RANKS)
     return outcome(net, sparse)
 
@@ -137,10 +139,10 @@ def fsdp_bfloat16(rank, method):
     return outcome(net, sparse)
 
 
-def tensor_parallel(rank, method, sizes=(16, 24)):
+def tensor_parallel(rank, method, sizes=(16, 24), products=None):
     torch.manual_seed(0)
     net = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(*sizes), nn.GELU(), nn.Linear(*reversed(sizes)))})
-    sparse = sparsify(net, method, every=3)
+    sparse = sparsify(net, method, every=3, products=products)
     mesh = init_device_mesh("cpu", (RANKS,))
     parallelize_module(net["mlp"], mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, eps=1e-4, foreach=False)
@@ -177,6 +179,8 @@ def main(rank, folder):
     found["fsdp_layers s_ste"] = fsdp(rank, METHODS["s_ste"], layers=True)
     found["bfloat16 s_ste"] = fsdp_bfloat16(rank, METHODS["s_ste"])
     found |= {f"tp {name}": tensor_parallel(rank, METHODS[name]) for name in ("s_ste", "dynamic", "sr_ste", "fst")}
+    found["fsdp_products s_ste"] = fsdp(rank, METHODS["s_ste"], products="sparse")
+    found["tp products"] = tensor_parallel(rank, METHODS["fst"], products="sparse")
     found["tp cut"] = tensor_parallel_cut(rank, METHODS["s_ste"])
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -223,11 +227,27 @@ def test_a_sharded_run_resumes_to_the_bit(found, name):
         assert all(torch.equal(ours[key], reference[key]) for key in reference)
 
 
-@pytest.mark.parametrize("case", ["fsdp_first s_ste", "fsdp_first fst", "fsdp_layers s_ste"])
+@pytest.mark.parametrize("case", ["fsdp_first s_ste", "fsdp_first fst", "fsdp_layers s_ste", "fsdp_products s_ste"])
 def test_sharding_before_the_swap_or_each_layer_changes_nothing(found, case):
     name = case.partition(" ")[2]
     for rank in found:
         assert_same(rank[case], expected(METHODS[name]))
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_parts_are_those_of_torch_however_a_weight_is_cut(rank):
+    """Of 4 ranks without the others: what is whole everywhere is cut without talking to them."""
+    dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        full = torch.arange(60).view(6, 10)
+        line, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+        ways = [(line, [Shard(0)]), (line, [Shard(1)]), (line, [Replicate()]), (grid, [Shard(0), Shard(0)])]
+        for mesh, how in [*ways, (grid, [Shard(0), Shard(1)]), (grid, [Replicate(), Shard(0)])]:
+            for whole in (full, full[:3], full[:1]):
+                like = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim).redistribute(placements=how)
+                assert torch.equal(sharding.part(whole, like), like.to_local()), (how, whole.shape)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_mixed_precision_ends_2_of_4_near_full_precision(found):
@@ -238,7 +258,7 @@ def test_mixed_precision_ends_2_of_4_near_full_precision(found):
         torch.testing.assert_close(ours["trained.mlp.0.weight"], reference["trained.mlp.0.weight"], rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["s_ste", "dynamic", "sr_ste", "fst"])
+@pytest.mark.parametrize("name", ["s_ste", "dynamic", "sr_ste", "fst", "products"])
 def test_tensor_parallel_trains_what_one_rank_trains(found, name):
     for rank in found:
         assert_same(rank[f"tp {name}"]["ours"], rank[f"tp {name}"]["one"])

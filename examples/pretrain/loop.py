@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sr_ste_weights": lambda **knobs: SRSTE(decay_on="weights", **knobs),
     "fst": FST,
     "fst_no_tail": lambda **knobs: FST(dense_tail=0, **knobs),
+    "fst_no_mvue": lambda **knobs: FST(mvue=False, **knobs),
     "s_ste": SSTE,
     "s_ste_dynamic": lambda: SSTE(beta="dynamic"),
     "s_ste_beta_one": lambda: SSTE(beta="one"),
@@ -58,6 +59,7 @@ class Run:
     warmup: int = 100
     seed: int = 0
     every: int = 25
+    products: Literal["dense", "sparse"] = "dense"  # what multiplies: "sparse" is for sparse tensor cores
 
     def rate(self, step: int) -> float:
         """Warm-up, then a cosine to a tenth."""
@@ -77,7 +79,8 @@ def build(run: Run, device: torch.device) -> tuple[Llama, Sparsifier]:
     net = Llama(SHAPES[run.model]).to(device)
     knobs = {} if run.decay is None else {"decay": run.decay}
     method = METHODS[run.method](**knobs)
-    return net, sparsify(net, method, steps=run.steps, filter="*.mlp.*", every=run.every)
+    products = None if run.products == "dense" else run.products
+    return net, sparsify(net, method, steps=run.steps, filter="*.mlp.*", every=run.every, products=products)
 
 
 class Training:
@@ -108,7 +111,7 @@ class Training:
             self.sparse.compile()
             for block in self.net.blocks:
                 block.compile(fullgraph=True, dynamic=False)
-        capture = cuda and compile and graphs and self.ranks == 1
+        capture = cuda and compile and graphs and not dist.is_initialized()
         self.model = self._wrapped(wrap)
         matrices = [p for p in self.net.parameters() if p.ndim == 2]
         rest = [p for p in self.net.parameters() if p.ndim != 2]
@@ -121,9 +124,10 @@ class Training:
         self.captured = Captured(self) if capture else None
 
     def _wrapped(self, wrap: str) -> nn.Module:
-        if self.ranks == 1:
+        if not dist.is_initialized():
             return self.net
         if wrap == "ddp":
+            torch._dynamo.config.optimize_ddp = False  # it cuts graphs for overlap, which one for each block gives
             return DistributedDataParallel(self.net, broadcast_buffers=False)
         for block in self.net.blocks:
             fully_shard(block)

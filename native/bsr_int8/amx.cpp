@@ -1,6 +1,10 @@
 // AMX: 16 outputs by 16 tokens by 64 channels an instruction, on x in the layout q, whose rows of four channels by 16
 // tokens are rows of a tile as they lie. Zeros are multiplied, too: gathering the channels that 16 rows have took
-// longer (docs/kernels/bsr_int8.md).
+// longer (docs/kernels/bsr_int8.md). Weights are stored without them and put into tiles in the first-level cache, for
+// all tokens that follow. The matrix unit works by itself for most of the time: meanwhile the vector unit expands
+// weights, or finishes the tokens before these.
+#include <optional>
+
 #include "../amx.h"
 #include "avx512.h"
 
@@ -14,32 +18,100 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// [row tiles][vectors][16 rows][16 tokens]
-template <int NB>
-struct Products {
-  alignas(64) int32_t sums[2][NB / 16][16][16];
+constexpr int64_t slice_chunks = 12;  // whose weights, of 32 rows, leave room in the first-level cache; but up to 16 are
+constexpr int64_t most_chunks = 16;   // better not cut in two where many tokens follow
+constexpr int64_t group_blocks = 8;   // of tokens, at most, and
+constexpr int64_t group_bytes = 1 << 20;  // which stay in the second-level cache while all panels pass
+constexpr int64_t ahead = 2;          // chunks, from the writing of weights to the reading of a tile
+
+// 32 rows by 64 tokens.
+struct alignas(64) Products {
+  int32_t sums[2][4][16][16];  // [row tile][vector][row][token]
 };
 
-// Two tiles of rows by vectors V and, unless there is but one, V + 1, all channels.
-template <int NB, int V>
-INLINE void multiply_vectors(const Panels& a, int64_t panel, const uint8_t* x, Products<NB>& p) {
-  const int8_t* weights = a.data + 2048 * a.chunks * panel;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t c = 0; c < a.chunks; ++c, weights += 2048) {
-    const uint8_t* quads = x + c * 64 * NB + 64 * V;
-    _tile_loadd(6, quads, 4 * NB);
+struct alignas(64) Slice {
+  int8_t weights[most_chunks][2][16][64];
+};
+
+constexpr auto make_numbers = [] {
+  struct { int8_t at[64]; } found{};
+  for (int i = 0; i < 64; ++i) found.at[i] = static_cast<int8_t>(i);
+  return found;
+};
+alignas(64) constexpr auto numbers = make_numbers();
+
+// What is left to be read of a panel.
+struct Packed {
+  const int8_t *masks, *values;
+
+  Packed(const Panels& a, int64_t panel, int64_t panels)
+      : masks(a.data + 8 * panels + 8 * panel_rows * a.chunks * panel) {
+    int64_t start;
+    std::memcpy(&start, a.data + 8 * panel, 8);
+    values = a.data + start;
+  }
+
+  // The next `rows` block rows of a chunk. Loads are what the tiles compete for: two for the four rows, if they have
+  // at most 32 channels each, as their bytes are then picked out by numbers that count from the first row's.
+  template <int rows>
+  INLINE void expand(int8_t* to) {
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i, masks += 8, to += 256) {
+      uint64_t mask;
+      std::memcpy(&mask, masks, 8);
+      const int64_t count = _mm_popcnt_u64(mask);
+      if (__builtin_expect(count > 32, 0)) {
+        for (int r = 0; r < 4; ++r, values += count)
+          _mm512_store_si512(to + 64 * r, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values)));
+        continue;
+      }
+      const __m512i first = _mm512_maskz_expand_epi8(mask, _mm512_load_si512(numbers.at));
+      const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(count)));
+      const __m512i top = _mm512_loadu_si512(values), bottom = _mm512_loadu_si512(values + 2 * count);
+      _mm512_store_si512(to, _mm512_maskz_permutexvar_epi8(mask, first, top));
+      _mm512_store_si512(to + 64, _mm512_maskz_permutexvar_epi8(mask, second, top));
+      _mm512_store_si512(to + 128, _mm512_maskz_permutexvar_epi8(mask, first, bottom));
+      _mm512_store_si512(to + 192, _mm512_maskz_permutexvar_epi8(mask, second, bottom));
+      values += 4 * count;
+    }
+  }
+};
+
+// Two tiles of rows by vectors V and, unless there is but one, V + 1, some chunks, added to what earlier ones gave.
+// `meanwhile` is called four times in every chunk.
+template <int NB, int V, class Meanwhile>
+INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_t* x, bool first, Products& p,
+                             const Meanwhile& meanwhile) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, p.sums[0][V], 64);
+    _tile_loadd(2, p.sums[1][V], 64);
+    if constexpr (NB > 16) {
+      _tile_loadd(1, p.sums[0][V + 1], 64);
+      _tile_loadd(3, p.sums[1][V + 1], 64);
+    }
+  }
+  const uint8_t* quads = x + 64 * V;
+  for (int64_t c = 0; c < chunks; ++c, weights += 2048, quads += 64 * NB) {
+    // Activations pass by the first-level cache, where the weights are to stay.
+    _tile_stream_loadd(6, quads, 4 * NB);
     _tile_loadd(4, weights, 64);
     _tile_dpbsud(0, 4, 6);
+    meanwhile(c, 0);
     _tile_loadd(5, weights + 1024, 64);
     _tile_dpbsud(2, 5, 6);
+    meanwhile(c, 1);
     if constexpr (NB > 16) {
-      _tile_loadd(7, quads + 64, 4 * NB);
+      _tile_stream_loadd(7, quads + 64, 4 * NB);
       _tile_dpbsud(1, 4, 7);
-      _tile_dpbsud(3, 5, 7);
     }
+    meanwhile(c, 2);
+    if constexpr (NB > 16) _tile_dpbsud(3, 5, 7);
+    meanwhile(c, 3);
   }
   _tile_stored(0, p.sums[0][V], 64);
   _tile_stored(2, p.sums[1][V], 64);
@@ -49,57 +121,140 @@ INLINE void multiply_vectors(const Panels& a, int64_t panel, const uint8_t* x, P
   }
 }
 
-template <int NB>
-INLINE void multiply(const Panels& a, int64_t panel, const uint8_t* x, Products<NB>& p) {
-  multiply_vectors<NB, 0>(a, panel, x, p);
-  if constexpr (NB == 64) multiply_vectors<NB, 2>(a, panel, x, p);
-}
-
+// The end of 32 rows of a token block, a block row at a time.
 template <int NB, End E>
-INLINE void panel(Finish<NB, true, E>& finish, const Weights& a, const Input& x, int64_t b, int64_t begin,
-                  int64_t end) {
-  const int64_t last = std::min(end, begin + panel_rows);
-  Products<NB> p;
-  multiply<NB>(a.panels, begin / panel_rows, x.data + block_start(x.layout, a.cols, b), p);
-  for (int64_t i = 0; begin + i < last; ++i) {
+class Ending {
+  const Weights& a;
+  const Products& p;
+  Finish<NB, true, E> finish;
+  const int64_t begin, end;
+  int64_t row;
+
+ public:
+  Ending(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end, const Products& p)
+      : a(a), p(p), finish(a, x, out, b), begin(begin), end(end), row(begin) {}
+
+  int64_t left() const { return end - row; }
+
+  INLINE void step() {
+    const int64_t i = row - begin;
     Sums<NB> s;
-    finish.start(begin + i, s);
+    finish.start(row, s);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NB / 16; ++v)
         s.v[r][v] = _mm512_add_epi32(_mm512_load_si512(p.sums[i / 4][v][4 * (i % 4) + r]), s.v[r][v]);
-    finish.tile(begin + i, s);
-    finish.flush(begin + i);
+    finish.tile(row, s);
+    finish.flush(row++);
   }
-}
+};
 
-// Of token block b, rows begin .. end.
-template <int NB, End E>
-void block(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
-  Finish<NB, true, E> finish(a, x, out, b);
-  for (int64_t row = begin; row < end; row += panel_rows) panel(finish, a, x, b, row, end);
-}
+// All of a range, panel by panel.
+template <End E>
+class Job {
+  const Weights& a;
+  const Input& x;
+  const Output& out;
+  const Range& range;
+  std::optional<Ending<64, E>> waiting;  // while the products of the next block are made
+  Slice slice;
+  Products products[group_blocks + 1];
+  int64_t next = 0;  // of products, in turn
+
+  // Spreads block rows of `waiting` evenly over chunks.
+  struct Spread {
+    Job& job;
+    int64_t rows, times;
+    mutable int64_t due = 0;
+    INLINE void operator()(int64_t, int) const {
+      for (due += rows; due >= times; due -= times) job.waiting->step();
+    }
+  };
+
+  void settle() {
+    if (!waiting) return;
+    while (waiting->left()) waiting->step();
+    waiting.reset();
+  }
+
+  template <int NB, int V>
+  INLINE void pass(const uint8_t* quads, int64_t chunks, bool first, Packed* fresh, Products& p) {
+    int8_t* weights = slice.weights[0][0][0];
+    if (fresh) {
+      for (int64_t c = 0; c < std::min(ahead, chunks); ++c) fresh->expand<8>(weights + 2048 * c);
+      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, [&](int64_t c, int part) __attribute__((always_inline)) {
+        if (c + ahead < chunks) fresh->expand<2>(weights + 2048 * (c + ahead) + 512 * part);
+      });
+    }
+    int64_t rows = waiting ? waiting->left() : 0;
+    if (V == 0 && NB == 64) rows = std::min(rows, panel_rows / 2);
+    if (rows) return multiply_vectors<NB, V>(weights, chunks, quads, first, p, Spread{*this, rows, 4 * chunks});
+    multiply_vectors<NB, V>(weights, chunks, quads, first, p, [](int64_t, int) {});
+  }
+
+  // Of token block b: products with a slice; its end, if the slice is the last one.
+  template <int NB>
+  INLINE void block(int64_t b, int64_t row, int64_t from, int64_t chunks, Packed* fresh, Products& p) {
+    const uint8_t* quads = x.data + block_start(x.layout, a.cols, b) + 64 * NB * from;
+    pass<NB, 0>(quads, chunks, from == 0, fresh, p);
+    if constexpr (NB == 64) pass<NB, 2>(quads, chunks, from == 0, nullptr, p);
+    if (from + chunks < a.panels.chunks) return;
+    settle();
+    const int64_t last = std::min(range.row_end, row + panel_rows);
+    if constexpr (NB == 64) {
+      waiting.emplace(a, x, out, b, row, last, p);
+    } else {
+      Ending<NB, E> ending(a, x, out, b, row, last, p);
+      while (ending.left()) ending.step();
+    }
+  }
+
+  INLINE void panel(int64_t row, int64_t begin, int64_t end) {
+    Packed packed(a.panels, row / panel_rows, (a.block_rows() + panel_rows - 1) / panel_rows);
+    const int64_t count = a.panels.chunks, most = count <= most_chunks && end - begin > 2 ? most_chunks : slice_chunks;
+    const int64_t slices = std::max<int64_t>(1, (count + most - 1) / most);
+    const int64_t slots = slices == 1 ? 2 : end - begin + 1;
+    for (int64_t s = 0; s < slices; ++s) {
+      const int64_t from = count * s / slices, chunks = count * (s + 1) / slices - from;
+      for (int64_t b = begin; b < end; ++b) {
+        Products& p = products[(next + b - begin) % slots];
+        Packed* fresh = b == begin ? &packed : nullptr;
+        const int64_t width = width_of(x.tokens, b);
+        if (width == 64) block<64>(b, row, from, chunks, fresh, p);
+        else if (width == 32) block<32>(b, row, from, chunks, fresh, p);
+        else block<16>(b, row, from, chunks, fresh, p);
+      }
+    }
+    next = (next + end - begin) % slots;
+  }
+
+ public:
+  Job(const Weights& a, const Input& x, const Output& out, const Range& range) : a(a), x(x), out(out), range(range) {}
+
+  void run() {
+    const int64_t count = range.token_end - range.token_begin, bytes = 64 * block_tokens * a.panels.chunks;
+    const int64_t most = std::clamp<int64_t>(group_bytes / std::max<int64_t>(1, bytes), 1, group_blocks);
+    const int64_t groups = (count + most - 1) / most;
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t row = range.row_begin; row < range.row_end; row += panel_rows)
+        panel(row, range.token_begin + count * g / groups, range.token_begin + count * (g + 1) / groups);
+    settle();
+  }
+};
 
 template <End E>
 void all_blocks(const Weights& a, const Input& x, const Output& out, const Range& range) {
   const Config config;
   _tile_loadconfig(&config);
-  // Panels outside, so that all tokens meet one while it is in the cache; but row-major outputs are written whole.
-  const int64_t step = out.layout == Layout::rows ? range.row_end - range.row_begin : panel_rows;
-  for (int64_t row = range.row_begin; row < range.row_end; row += step)
-    for (int64_t b = range.token_begin; b < range.token_end; ++b) {
-      const int64_t width = width_of(x.tokens, b);
-      const auto run = width == 64 ? block<64, E> : width == 32 ? block<32, E> : block<16, E>;
-      run(a, x, out, b, row, std::min(range.row_end, row + step));
-    }
+  Job<E>(a, x, out, range).run();
   _tile_release();
 }
 
 }  // namespace
 
 bool amx_usable() {
-  static const bool usable = amx_granted(1u << 25);  // int8
+  static const bool usable = __builtin_cpu_supports("avx512vbmi2") && amx_granted(1u << 25);  // int8
   return usable;
 }
 

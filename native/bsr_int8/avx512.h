@@ -181,6 +181,14 @@ inline End end_of(const Input& x, const Output& out) {
   return floats && x.token_scale && !out.residual && out.function == Function::none ? End::floats : End::any;
 }
 
+// Of 32 rows: where their sums begin, what these are multiplied by, and what is added. In memory, whence a broadcast
+// takes no shuffle; 16 rows at a time, as for four it would take longer than the rest of their end.
+struct Terms {
+  alignas(64) int32_t from[4 * panel_rows];
+  alignas(64) float scale[4 * panel_rows], bias[4 * panel_rows];
+  bool small;  // to bytes: nothing can be so large that its conversion fails
+};
+
 template <int NB, bool Quads, End E = End::any>
 class Finish {
   using At = Order<NB, Quads>;
@@ -191,6 +199,8 @@ class Finish {
   const Output& out;
   const int64_t b, token, left;
   alignas(64) float scales[NB];  // of the tokens, in the order of the sums
+  Terms terms;
+  int64_t panel = -1;  // whose terms these are
   Stage stage;
 
  public:
@@ -205,10 +215,9 @@ class Finish {
   }
 
   // The sums of a block row begin here: what the zero point of x adds, taken off.
-  INLINE void start(int64_t row, Sums<NB>& s) const {
-    alignas(16) int32_t from[4];
-    const __m128i sums = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a.sums + 4 * row));
-    _mm_store_si128(reinterpret_cast<__m128i*>(from), _mm_mullo_epi32(sums, _mm_set1_epi32(-x.zero)));
+  INLINE void start(int64_t row, Sums<NB>& s) {
+    if (row / panel_rows != panel) find_terms(row / panel_rows);
+    const int32_t* from = terms.from + 4 * (row % panel_rows);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 4
@@ -216,7 +225,7 @@ class Finish {
   }
 
   INLINE void tile(int64_t row, const Sums<NB>& s) {
-    if (E == End::bytes || (E == End::any && plain_bytes(out))) return bytes(row, s);
+    if (to_bytes()) return bytes(row, s);
     __m512 v[4][V];
     affine(row, s, v);
     if (E == End::floats) return turn(row, v);
@@ -292,51 +301,51 @@ class Finish {
     return per_token() ? _mm512_mul_ps(v, _mm512_load_ps(scales + 16 * i)) : v;
   }
 
-  // Of four rows: what their sums are multiplied by, and what is added. To memory, whence a broadcast takes no shuffle.
-  struct Terms {
-    alignas(16) float scale[4], bias[4];
-  };
+  INLINE bool to_bytes() const { return E == End::bytes || (E == End::any && plain_bytes(out)); }
 
-  INLINE Terms terms(int64_t row, bool to_bytes) const {
-    __m128 scale = _mm_loadu_ps(a.scale + 4 * row), bias = _mm_setzero_ps();
-    const int64_t real = std::min<int64_t>(4, a.rows - 4 * row);
-    if (out.bias) bias = _mm_maskz_loadu_ps(static_cast<__mmask8>((1 << real) - 1), out.bias + 4 * row);
-    if (!per_token()) scale = _mm_mul_ps(scale, _mm_set1_ps(x.scale));
-    if (to_bytes) {
-      const __m128 inverse = _mm_set1_ps(out.inverse_scale);
-      scale = _mm_mul_ps(scale, inverse);
-      bias = _mm_fmadd_ps(bias, inverse, _mm_set1_ps(static_cast<float>(out.zero)));
+  void find_terms(int64_t next) {
+    panel = next;
+    terms.small = to_bytes() && !per_token();
+    for (int64_t i = 0; i < 4 * panel_rows; i += 16) {
+      const int64_t row = 4 * panel_rows * next + i, count = std::clamp<int64_t>(a.rows - row, 0, 16);
+      const auto real = static_cast<__mmask16>((1u << count) - 1);
+      const __m512i sums = _mm512_maskz_loadu_epi32(real, a.sums + row);
+      __m512 scale = _mm512_maskz_loadu_ps(real, a.scale + row), bias = _mm512_setzero_ps();
+      if (out.bias) bias = _mm512_maskz_loadu_ps(real, out.bias + row);
+      if (!per_token()) scale = _mm512_mul_ps(scale, set(x.scale));
+      if (to_bytes()) {
+        scale = _mm512_mul_ps(scale, set(out.inverse_scale));
+        bias = _mm512_fmadd_ps(bias, set(out.inverse_scale), set(static_cast<float>(out.zero)));
+        const __m512 most = _mm512_fmadd_ps(scale, set(static_cast<float>(a.cols) * 255 * 127 * 2), _mm512_abs_ps(bias));
+        terms.small = terms.small && _mm512_cmp_ps_mask(most, set(1 << 30), _CMP_LT_OQ) == 0xffff;
+      }
+      _mm512_store_si512(terms.from + i, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-x.zero)));
+      _mm512_store_ps(terms.scale + i, scale);
+      _mm512_store_ps(terms.bias + i, bias);
     }
-    Terms found;
-    _mm_store_ps(found.scale, scale);
-    _mm_store_ps(found.bias, bias);
-    return found;
   }
 
   INLINE void affine(int64_t row, const Sums<NB>& s, __m512 (&v)[4][V]) {
-    const Terms of = terms(row, false);
+    const float *scale = terms.scale + 4 * (row % panel_rows), *bias = terms.bias + 4 * (row % panel_rows);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r)
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) v[r][i] = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
+      for (int i = 0; i < V; ++i) v[r][i] = _mm512_fmadd_ps(floats(s.v[r][i], i), set(scale[r]), set(bias[r]));
   }
 
   // Nothing but scales, bias and rounding: one multiplication less. The packs saturate below, and above, too, where
   // nothing can be so large that its conversion fails.
   INLINE void bytes(int64_t row, const Sums<NB>& s) {
-    const Terms of = terms(row, true);
-    const __m128 most = _mm_fmadd_ps(_mm_load_ps(of.scale), _mm_set1_ps(static_cast<float>(a.cols) * 255 * 127 * 2),
-                                     _mm_andnot_ps(_mm_set1_ps(-0.0f), _mm_load_ps(of.bias)));
-    const bool small = !per_token() && _mm_movemask_ps(_mm_cmplt_ps(most, _mm_set1_ps(1 << 30))) == 15;
     const bool u8 = out.type == Type::u8;
-    if (small) u8 ? bytes<true, true>(row, s, of) : bytes<true, false>(row, s, of);
-    else u8 ? bytes<false, true>(row, s, of) : bytes<false, false>(row, s, of);
+    if (terms.small) u8 ? bytes<true, true>(row, s) : bytes<true, false>(row, s);
+    else u8 ? bytes<false, true>(row, s) : bytes<false, false>(row, s);
   }
 
   template <bool Small, bool U8>
-  INLINE void bytes(int64_t row, const Sums<NB>& s, const Terms& of) {
+  INLINE void bytes(int64_t row, const Sums<NB>& s) {
+    const float *scale = terms.scale + 4 * (row % panel_rows), *bias = terms.bias + 4 * (row % panel_rows);
     const auto whole = [&](int r, int i) __attribute__((always_inline)) {
-      __m512 v = _mm512_fmadd_ps(floats(s.v[r][i], i), set(of.scale[r]), set(of.bias[r]));
+      __m512 v = _mm512_fmadd_ps(floats(s.v[r][i], i), set(scale[r]), set(bias[r]));
       if constexpr (!Small) v = _mm512_max_ps(_mm512_min_ps(v, set(U8 ? 255.0f : 127.0f)), set(U8 ? 0.0f : -128.0f));
       return _mm512_cvtps_epi32(v);
     };

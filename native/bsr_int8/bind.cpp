@@ -20,12 +20,14 @@ Blocks blocks(int64_t block_rows, int64_t cols, int block, uintptr_t starts, uin
   return {block_rows, cols, block, at<const int64_t>(starts), at<const int32_t>(columns), at<const int8_t>(data)};
 }
 
-void count(int64_t block_rows, int64_t cols, int block, uintptr_t starts, uintptr_t columns, uintptr_t groups,
+// The bytes of panels.
+int64_t count(int64_t block_rows, int64_t cols, int block, uintptr_t starts, uintptr_t columns, uintptr_t groups,
            uintptr_t windows) {
   const Blocks a = blocks(block_rows, cols, block, starts, columns, 0);
   check(a);
   count_groups(a, at<int64_t>(groups));
   count_windows(a, at<int64_t>(windows));
+  return panel_bytes(a);
 }
 
 // Null: panels, or groups, are not wanted.
@@ -90,7 +92,7 @@ NB_MODULE(_bsr, m) {
   m.def("amx", [] { return false; }, "Can this process use AMX for int8?");
 #endif
   m.def("count", count, "block_rows"_a, "cols"_a, "block"_a, "starts"_a, "columns"_a, "groups"_a, "windows"_a, nogil,
-        "Checks the columns; writes where the groups and windows of each block row start, int64.");
+        "Checks the columns; writes where the groups and windows of each block row start, int64; gives the bytes of panels.");
   m.def("fill", fill, "block_rows"_a, "cols"_a, "block"_a, "starts"_a, "columns"_a, "data"_a, "panels"_a,
         "groups"_a, "group_data"_a, "offsets"_a, "wide"_a, "windows"_a, "window_data"_a, "index"_a, "base"_a, "sums"_a,
         nogil, "Writes the groups, or where `panels` is not 0 those, the windows and the sums of the rows.");

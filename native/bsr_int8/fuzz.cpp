@@ -77,7 +77,7 @@ Packed pack(const Matrix& a, bool panels) {
   const bool wide = a.cols >= 8192;
   void* offsets = nullptr;
   if (panels) {
-    p.panels.resize(static_cast<size_t>((a.rows + 31) / 32 * ((a.cols + 63) / 64) * 2048) + 1);
+    p.panels.resize(static_cast<size_t>(panel_bytes(b)));
     fill_panels(b, p.panels.data());
   } else {
     p.group_data.resize(16 * many + 1);

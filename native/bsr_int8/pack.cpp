@@ -1,12 +1,15 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 namespace gossamer::bsr {
 namespace {
 
 constexpr int64_t window = 128, window_columns = 16;
+constexpr int64_t panel_padding = 64;  // bytes: what is read past the last value
 
 // Single columns of a block row, blocks of four taken apart: body(column, weights of its 4 rows, their stride).
 template <class Body>
@@ -35,6 +38,40 @@ void each_window(const Blocks& a, int64_t row, const New& new_group, const Add& 
 void set_offset(void* offsets, bool wide, int64_t at, int64_t offset) {
   if (wide) static_cast<uint32_t*>(offsets)[at] = static_cast<uint32_t>(offset);
   else static_cast<uint16_t*>(offsets)[at] = static_cast<uint16_t>(offset);
+}
+
+int64_t panels_of(const Blocks& a) { return (a.block_rows + panel_rows - 1) / panel_rows; }
+int64_t chunks_of(const Blocks& a) { return (a.cols + 63) / 64; }
+int64_t values_start(const Blocks& a) { return 8 * panels_of(a) * (1 + panel_rows * chunks_of(a)); }
+
+struct Column {
+  int64_t at;
+  const int8_t* weights;
+  int64_t stride;
+};
+using Columns = std::vector<Column>;
+
+// In descending order, to be taken from the back; none past the last block row.
+Columns columns_of(const Blocks& a, int64_t row) {
+  Columns found;
+  if (row < a.block_rows)
+    each_column(a, row, [&](int64_t at, const int8_t* weights, int64_t stride) { found.push_back({at, weights, stride}); });
+  std::reverse(found.begin(), found.end());
+  return found;
+}
+
+// Takes what lies in chunk c; where the values go on.
+int8_t* fill_chunk(Columns& left, int64_t c, int8_t* mask, int8_t* values) {
+  uint64_t bits = 0;
+  Columns here;
+  for (; !left.empty() && left.back().at < 64 * (c + 1); left.pop_back()) {
+    bits |= uint64_t{1} << (left.back().at % 64);
+    here.push_back(left.back());
+  }
+  std::memcpy(mask, &bits, 8);
+  for (int64_t r = 0; r < 4; ++r)
+    for (const Column& column : here) *values++ = column.weights[r * column.stride];
+  return values;
 }
 
 int64_t offset_of(const Blocks& a, int32_t column) { return int64_t{column} * (a.block == 4 ? 32 : 8); }
@@ -105,15 +142,28 @@ void fill_windows(const Blocks& a, const int64_t* starts, int8_t* data, uint8_t*
   }
 }
 
+int64_t panel_bytes(const Blocks& a) {
+  int64_t columns = 0;
+  for (int64_t row = 0; row < a.block_rows; ++row)
+    each_column(a, row, [&](int64_t, const int8_t*, int64_t) { ++columns; });
+  return values_start(a) + 4 * columns + panel_padding;
+}
+
 void fill_panels(const Blocks& a, int8_t* data) {
-  const int64_t chunks = (a.cols + 63) / 64, panels = (a.block_rows + panel_rows - 1) / panel_rows;
-  std::memset(data, 0, static_cast<size_t>(2048 * panels * chunks));
-  for (int64_t row = 0; row < a.block_rows; ++row) {
-    int8_t* panel = data + 2048 * chunks * (row / panel_rows) + 1024 * (row % panel_rows / 4) + 64 * (row % 4 * 4);
-    each_column(a, row, [&](int64_t column, const int8_t* weights, int64_t stride) {
-      for (int64_t r = 0; r < 4; ++r) panel[2048 * (column / 64) + 64 * r + column % 64] = weights[r * stride];
-    });
+  const int64_t chunks = chunks_of(a);
+  std::memset(data, 0, static_cast<size_t>(values_start(a)));
+  int8_t* masks = data + 8 * panels_of(a);
+  int8_t* values = data + values_start(a);
+  std::vector<Columns> rows(panel_rows);
+  for (int64_t panel = 0; panel < panels_of(a); ++panel, masks += 8 * panel_rows * chunks) {
+    const int64_t start = values - data;
+    std::memcpy(data + 8 * panel, &start, 8);
+    for (int64_t i = 0; i < panel_rows; ++i) rows[static_cast<size_t>(i)] = columns_of(a, panel * panel_rows + i);
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t i = 0; i < panel_rows; ++i)
+        values = fill_chunk(rows[static_cast<size_t>(i)], c, masks + 8 * (panel_rows * c + i), values);
   }
+  std::memset(values, 0, panel_padding);
 }
 
 void sum_rows(const Blocks& a, int32_t* sums) {

@@ -25,7 +25,8 @@ void count_windows(const Blocks& a, int64_t* starts);
 void fill_groups(const Blocks& a, const int64_t* starts, bool wide, int8_t* data, void* offsets);
 void fill_windows(const Blocks& a, const int64_t* starts, int8_t* data, uint8_t* index, uint32_t* base);
 
-// [panels][ceil(cols / 64)][2][16][64]
+// What Panels::data points to, and its bytes.
+int64_t panel_bytes(const Blocks& a);
 void fill_panels(const Blocks& a, int8_t* data);
 
 // Each row's sum of weights: [4 * block rows].

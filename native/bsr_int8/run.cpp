@@ -100,9 +100,9 @@ class Scratch {
   uint8_t* data() const { return first + (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64; }
 };
 
-// Does each thread take token blocks from end to end?
-bool by_blocks(Layout layout, int64_t blocks, int threads) {
-  return layout != Layout::rows && (blocks % threads == 0 || blocks >= 4 * threads);
+// Does each thread take token blocks from end to end? Not with AMX: there weights are expanded for all tokens at once.
+bool by_blocks(const Weights& a, Layout layout, int64_t blocks, int threads) {
+  return layout != Layout::rows && !a.panels.data && (blocks % threads == 0 || blocks >= 4 * threads);
 }
 
 // Cuts the block rows so that every part has about as many groups, or rows without `starts`, at multiples of `whole`.
@@ -167,7 +167,7 @@ void linear(const Weights& a, const Raw& x, Layout layout, uint8_t* scratch, int
   const Input in{scratch, layout, x.tokens, stride, 128, 1.0f, scales, nullptr, 0};
   const int64_t blocks = blocks_of(x.tokens);
   if (blocks == 0) return;
-  if (!by_blocks(layout, blocks, threads)) {
+  if (!by_blocks(a, layout, blocks, threads)) {
     quantise(x, layout, 0.0f, 128, scratch, stride, scales, threads);
     return product(a, in, out, threads);
   }
@@ -198,7 +198,7 @@ void linear(const Weights& a, const Raw& x, const float* bias, void* y, int thre
   const Layout own = a.block == 4 || a.panels.data ? Layout::q : Layout::t;
   const Layout layout = x.tokens <= few_tokens ? Layout::rows : own;
   const int64_t stride = (a.cols + row_padding + 63) / 64 * 64, scales = (x.tokens * 4 + 63) / 64 * 64;
-  const bool alone = by_blocks(layout, blocks_of(x.tokens), threads);
+  const bool alone = by_blocks(a, layout, blocks_of(x.tokens), threads);
   const int64_t held = alone ? std::min(x.tokens, block_tokens * threads) : x.tokens;
   const int64_t past = 15 * 4 * block_tokens;  // quads after the last one that a matrix unit reads
   const int64_t size = layout == Layout::rows ? held * stride : block_start(layout, a.cols, blocks_of(held)) + past;

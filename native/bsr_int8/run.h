@@ -20,7 +20,8 @@ void quantise(const Raw& x, Layout layout, float inverse, int zero, uint8_t* out
               int threads);
 
 // y [tokens, rows] in the type of x, x quantised per token on the way. `scratch` takes quantised activations: all of
-// them, or where the token blocks are a multiple of `threads` or 4 * threads and more, one block for each thread.
+// them, or, without panels, where the token blocks are a multiple of `threads` or 4 * threads and more, one block for
+// each thread.
 void linear(const Weights& a, const Raw& x, Layout layout, uint8_t* scratch, int64_t stride, float* scales,
             const float* bias, void* y, int threads);
 

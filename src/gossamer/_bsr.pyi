@@ -14,9 +14,9 @@ def set_isa(name: str) -> None:
 def amx() -> bool:
     """Can this process use AMX for int8?"""
 
-def count(block_rows: int, cols: int, block: int, starts: int, columns: int, groups: int, windows: int) -> None:
+def count(block_rows: int, cols: int, block: int, starts: int, columns: int, groups: int, windows: int) -> int:
     """
-    Checks the columns; writes where the groups and windows of each block row start, int64.
+    Checks the columns; writes where the groups and windows of each block row start, int64; gives the bytes of panels.
     """
 
 def fill(

@@ -22,7 +22,7 @@ from .choose import Choice, choose
 from .formats import Format, nbytes
 from .layers import Block, block_modules, find, replace, weight_of
 from .nn import SparseLinear, sparse_layers
-from .plan import AUTO, LayerPlan, Plan, create, job_flops
+from .plan import AUTO, DENSE, LayerPlan, Plan, create, job_flops
 from .plan import plan as make_plan
 from .progress import Clock, LayerReport, Progress, Report, Track
 from .stats import CalibrationError, Stats
@@ -122,7 +122,8 @@ class _Run:
             if self.stream:
                 self.stream.drop(i)
         self.folder.finish()
-        return Report(tuple(self.layers), self.choice)
+        left_dense = sum(l.dense_bytes for l in self.plan.layers if l.method == DENSE)
+        return Report(tuple(self.layers), self.choice, left_dense)
 
     def _open(self, job: list[LayerPlan]) -> bool:
         return not self.folder.has(_key(job))

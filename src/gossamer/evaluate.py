@@ -78,7 +78,8 @@ def perplexity(
 
 def _count(tokens: int, window: int, windows: int | None) -> int:
     if window < 2 or (windows is not None and windows < 1):
-        raise ValueError(f"{windows} windows of {window} tokens; fix: at least 1 window of at least 2 tokens")
+        asked = "all" if windows is None else windows
+        raise ValueError(f"{asked} windows of {window} tokens; fix: at least 1 window of at least 2 tokens")
     needed = window * (windows or 1)
     if tokens < needed:
         raise ValueError(

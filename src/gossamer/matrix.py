@@ -42,9 +42,12 @@ class SparseMatrix:
     device: where it lies; None: where `a` is.
     requires_grad: `values`, a leaf, gets a gradient in every product; then kernels that pack values are left out.
     reorder: may rows be put in another order inside (the result has A's own)? Takes some of the packing time.
-    measure: choose kernels by timing the promising ones when a width of B first comes up, instead of by prediction;
-        what was measured stays in the cache folder, and serves every SparseMatrix of this pattern on this GPU.
-    deterministic: two products of the same operands agree to the bit; leaves out some of cuSPARSE's algorithms.
+    measure: how kernels are chosen when a width of B first comes up. None: predicted, on a GPU then checked against
+        what cuSPARSE and a dense product take, in some milliseconds; True: by timing all that promise something;
+        False: predicted alone, so that everywhere the same kernel runs. What was measured stays in the cache folder,
+        and serves every SparseMatrix of this pattern on this GPU, those of measure=False apart.
+    deterministic: two products of the same operands by the same kernel agree to the bit; leaves out some of
+        cuSPARSE's algorithms.
 
     `A @ B`, `A.T @ B` for B [K, N] or [K]: the result has B's dtype, and is differentiable in B. B is used as it lies;
     a copy is made where its rows are not whole multiples of 16 bytes. The first product with a new width picks a kernel
@@ -61,7 +64,7 @@ class SparseMatrix:
         device: torch.device | str | None = None,
         requires_grad: bool = False,
         reorder: bool = True,
-        measure: bool = False,
+        measure: bool | None = None,
         deterministic: bool = True,
     ) -> None:
         if precision not in (None, *PRECISIONS):
@@ -117,6 +120,8 @@ class SparseMatrix:
             raise ValueError(f"B is {tuple(b.shape)}, A takes [{inner}, N] or [{inner}]; fix: reshape it")
         if b.device != self.values.device:
             raise ValueError(f"B is on {b.device}, A on {self.values.device}; fix: B.to(A.device) or A.to(B.device)")
+        if not b.is_floating_point():
+            raise ValueError(f"B has {b.dtype}, and the result would have it, too; fix: B.float()")
         flat = b.unsqueeze(1) if b.ndim == 1 else b
         out = torch.ops.gossamer.spmm(self.values, flat.to(self.values.dtype), self._handle, transposed).to(b.dtype)
         return out.squeeze(1) if b.ndim == 1 else out
@@ -170,7 +175,7 @@ class SparseMatrix:
         parts = Csr(self.shape, self._csr.pointers, self._csr.cols, self.values.detach())
         return _rebuilt, (parts, self.precision, self._settings())
 
-    def _settings(self) -> dict[str, bool]:
+    def _settings(self) -> dict[str, bool | None]:
         return {
             "requires_grad": self.values.requires_grad,
             "reorder": self._reorder,
@@ -217,7 +222,7 @@ def spmm(a: Any, x: Tensor, precision: str | None = None) -> Tensor:
 
 
 def _rebuilt(
-    parts: Csr, precision: str | None, settings: dict[str, bool], device: torch.device | str | None = None
+    parts: Csr, precision: str | None, settings: dict[str, Any], device: torch.device | str | None = None
 ) -> SparseMatrix:
     return SparseMatrix(parts, precision, device=device, **settings)
 

@@ -49,6 +49,7 @@ class SparseLinear(nn.Module):
         self._calls: Calls | None = None
         self._stack: Stack | None = None
         self._place = 0
+        self._number = ops.number(self)
         self._names = tuple(formats.layout(spec))
         # In a tuple, so that the lender is not registered as a child and its tensors are saved once.
         self._lender: tuple[SparseLinear, ...] = () if lender is None else (lender,)
@@ -171,15 +172,22 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if (stack := self._stack) is not None and stack.takes(x):
             return stack.part(self._place, x)
-        if ops.plain(x) and x.shape[-1] == self.in_features:
-            # Past everything that is the same in every call: a decode step makes hundreds.
+        if ops.plain(x):
+            return self.run(x)
+        if ops.compiled(x):
+            return torch.ops.gossamer.call(x, self._number, self.out_features)
+        return ops.linear(x, self._operands(), self.layout, self._parameters["bias"])
+
+    def run(self, x: Tensor) -> Tensor:
+        """The product without gradient, by the layer itself: past all that is the same in the hundreds of a step."""
+        if x.shape[-1] == self.in_features:
             dtype, bias, bound = self._calls or self._bind()
             if x.dtype == dtype and bias is self._parameters["bias"]:
                 size = x.numel()
                 for most, call in bound:
                     if size <= most:
                         return call(x)
-        return ops.linear(x, self._operands(), self.layout, self._parameters["bias"])
+        return dispatch.route(self.layout).linear(x, self._operands(), self._parameters["bias"])
 
     def _operands(self) -> Sequence[Tensor]:
         return self._packed if self._released else (*self.parts(), *self._packed)
@@ -214,6 +222,7 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._number = ops.number(self)
         if self.prepared and not dispatch.route(self.layout).runs_on(self.device):
             self.unprepare()  # unpickled on another kind of device, or where another library packs otherwise
 

@@ -3,11 +3,17 @@
 `gossamer::linear(x, parts, layout, bias)` is y = x A^T + bias; `gossamer::decode(parts, layout, dtype)` is A, dense.
 Both have fakes, so torch.compile(fullgraph=True) keeps them whole; the gradient flows to x and to bias.
 `parts` are the stored tensors in the order of `Format.tensors()`, then what the layer's kernels packed.
+
+`gossamer::call(x, layer, rows)` is the same of a layer of this process by its number, for compiled inference on the
+CPU: a graph that takes every tensor of every layer as an input checks each of them before every token.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +23,24 @@ from .dispatch import route
 _library = torch.library.Library("gossamer", "DEF")
 _library.define("linear(Tensor x, Tensor[] parts, str layout, Tensor? bias) -> Tensor")
 _library.define("decode(Tensor[] parts, str layout, ScalarType dtype) -> Tensor")
+_library.define("call(Tensor x, int layer, int rows) -> Tensor")
+
+
+class Callee(Protocol):
+    """What has a number: computes y [.., rows] in the dtype of x as it stands now."""
+
+    def run(self, x: Tensor) -> Tensor: ...
+
+
+_numbers = itertools.count()
+_callees: dict[int, weakref.ref[Callee]] = {}
+
+
+def number(callee: Callee) -> int:
+    """A number for `gossamer::call`, good for as long as the callee lives and never given again."""
+    found = next(_numbers)
+    _callees[found] = weakref.ref(callee, lambda _: _callees.pop(found, None))
+    return found
 
 
 def _linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
@@ -34,9 +58,14 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     return torch.ops.gossamer.linear(x, parts, layout, bias)
 
 
-is_compiling, _grad = torch.compiler.is_compiling, torch.is_grad_enabled
+is_compiling, _exporting, _grad = torch.compiler.is_compiling, torch.compiler.is_exporting, torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
+
+
+def compiled(x: Tensor) -> bool:
+    """Is this a compiler at work on inference on the CPU, for this process (not an export, which others are to run)?"""
+    return is_compiling() and not _exporting() and not torch.is_grad_enabled() and x.device.type == "cpu"
 
 
 def plain(x: Tensor) -> bool:
@@ -50,6 +79,17 @@ def _decode(parts: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
     # An op may not return one of its inputs, which is what a dense format decodes to.
     dense = route(layout).assemble(parts).decode(dtype)
     return dense.clone() if any(dense.data_ptr() == p.data_ptr() for p in parts) else dense.contiguous()
+
+
+def _call(x: Tensor, layer: int, rows: int) -> Tensor:
+    callee = _callees[layer]() if layer in _callees else None
+    if callee is None:
+        raise RuntimeError("a compiled model calls a layer that is gone; fix: keep the model, or compile it again")
+    return callee.run(x)
+
+
+def _call_fake(x: Tensor, layer: int, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 def _linear_fake(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
@@ -81,6 +121,8 @@ def _linear_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("decode", _decode, "CompositeExplicitAutograd")
+_library.impl("call", _call, "CompositeExplicitAutograd")
 torch.library.register_fake("gossamer::linear", _linear_fake, lib=_library)
 torch.library.register_fake("gossamer::decode", _decode_fake, lib=_library)
+torch.library.register_fake("gossamer::call", _call_fake, lib=_library)
 torch.library.register_autograd("gossamer::linear", _linear_backward, setup_context=_remember, lib=_library)

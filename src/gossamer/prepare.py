@@ -56,7 +56,7 @@ def prepare(
     sizes = sorted({n for n in tokens if n >= 1})
     if not sizes:
         raise ValueError("no number of tokens to prepare for; fix: give at least one, 1 or more")
-    if any(layer.device.type == "cuda" for layer in layers.values()):
+    if kernel is None and any(layer.device.type == "cuda" for layer in layers.values()):
         sizes = sorted({*sizes, *PREFILL})
     dtype, opened = dtype or compute_dtype(model), books(model, lock)
     footprint = sum(layer.stored_bytes for layer in layers.values())

@@ -36,14 +36,27 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every layer that was compressed, and the choice behind method="auto"."""
+    """What became of every layer that was compressed, and the choice behind method="auto".
+
+    `left_dense`: bytes, in bf16, of the linear layers of the blocks that the plan leaves as they are.
+    """
 
     layers: tuple[LayerReport, ...]
     choice: Choice | None = None
+    left_dense: int = 0
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(l.dense_bytes for l in self.layers) + self.left_dense
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(l.stored_bytes for l in self.layers) + self.left_dense
 
     @property
     def ratio(self) -> float:
-        return 1 - sum(l.stored_bytes for l in self.layers) / max(1, sum(l.dense_bytes for l in self.layers))
+        """1 - stored / dense bytes, over all linear layers of the blocks, as in the plan."""
+        return 1 - self.stored_bytes / max(1, self.dense_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"ratio": self.ratio}

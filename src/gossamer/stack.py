@@ -46,9 +46,14 @@ class Stack:
         self._limit = self.tokens * self._width  # elements of x
         self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self._bound: dispatch.Bound | None = None
+        self._number = ops.number(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"held": None, "_bound": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._number = ops.number(self)
 
     def takes(self, x: Tensor) -> bool:
         """Is x of the dtype and size that the stack is for? Gradients go through the layers themselves."""
@@ -68,14 +73,22 @@ class Stack:
         return found if found.is_cuda else found.contiguous()
 
     def _product(self, x: Tensor) -> Tensor:
-        if ops.plain(x) and x.shape[-1] == self._width:
+        if ops.plain(x):
+            return self.run(x)
+        if ops.compiled(x):
+            return torch.ops.gossamer.call(x, self._number, sum(self.rows))
+        return ops.linear(x, self.operands, self.layout, self.bias)
+
+    def run(self, x: Tensor) -> Tensor:
+        """The whole product, without gradient."""
+        if x.shape[-1] == self._width:
             if self._bound is None:
                 self._bound = dispatch.route(self.layout).bind(self.operands, self.bias)
             size = x.numel()
             for most, call in self._bound:
                 if size <= most:
                     return call(x)
-        return ops.linear(x, self.operands, self.layout, self.bias)
+        return dispatch.route(self.layout).linear(x, self.operands, self.bias)
 
 
 def stacked(parts: Sequence[Bitmask]) -> Bitmask:

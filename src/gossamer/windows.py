@@ -62,7 +62,7 @@ class Calibration:
         if isinstance(longest, int) and self.ids.shape[1] > longest:
             raise CalibrationError(
                 f"calibration windows have {self.ids.shape[1]} tokens, the model reads at most {longest}; "
-                f"fix: length={longest} or less"
+                f"fix: a length of {longest} or less"
             )
 
 
@@ -98,7 +98,7 @@ def _check_enough(found: int, samples: int, length: int) -> None:
     if found == 0:
         raise CalibrationError("the calibration text is empty; fix: give a text of some thousand words or more")
     if found < samples * length:
-        fix = f"samples={found // length}" if found >= length else f"samples=1, length={found}"
+        fix = f"{found // length} samples" if found >= length else f"1 sample of length {found}"
         raise CalibrationError(
             f"the calibration text has {found} tokens, {samples} windows of {length} take {samples * length}; "
             f"fix: give a longer text, or ask for {fix}"

@@ -45,6 +45,8 @@ def _is_expected(error: Exception) -> bool:
 def _line(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return f"{str(error).splitlines()[0]}; fix: another --device, a smaller --dtype, or fewer --samples"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"there is no {error.filename}; fix: check the path"
     # str() of a KeyError is the repr of its message.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__

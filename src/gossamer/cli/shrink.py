@@ -162,8 +162,8 @@ def _distill(
 def _print_report(report: Report) -> None:
     if report.choice:
         console.print(choice_table(report.choice), report.choice.reason, sep="\n")
-    stored, dense = (sum(getattr(l, k) for l in report.layers) for k in ("stored_bytes", "dense_bytes"))
-    console.print(f"Block linears: {size(dense)} -> {size(stored)}, ratio {report.ratio:.4f}.")
+    before, after = size(report.dense_bytes), size(report.stored_bytes)
+    console.print(f"Block linears: {before} -> {after}, ratio {report.ratio:.4f}.")
 
 
 def _plan(  # type: ignore[no-untyped-def]

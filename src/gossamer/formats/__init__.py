@@ -131,5 +131,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 def dtype_of(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise FormatError(f"unknown dtype '{name}'")
+        raise FormatError(f"unknown dtype '{name}'; fix: a name of torch's, such as float32, bfloat16 or float16")
     return found

@@ -28,7 +28,7 @@ def matrix(a: Any) -> Tensor | Coo:
     if not isinstance(a, Tensor):
         return _from_scipy(a)
     if a.ndim != 2:
-        raise FormatError(f"a matrix has two dimensions, this tensor has shape {tuple(a.shape)}")
+        raise FormatError(f"a matrix has two dimensions, this tensor has shape {tuple(a.shape)}; fix: reshape it")
     if a.layout not in SPARSE:
         return a.detach()
     coo = a.detach().to_sparse_coo().coalesce()
@@ -47,7 +47,7 @@ def coo(a: Any) -> Coo:
 
 def _from_scipy(a: Any) -> Coo:
     if not hasattr(a, "tocsr"):
-        raise FormatError(f"expected a torch tensor or a scipy sparse matrix, got {type(a).__name__}")
+        raise FormatError(f"a matrix is a torch tensor or a scipy sparse matrix, not {type(a).__name__}; fix: make one")
     # Through CSR because it sums duplicates; a copy because sum_duplicates works in place.
     found = a.tocsr(copy=True)
     found.sum_duplicates()

@@ -36,7 +36,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int8: 3}
 FEW = 4  # tokens, as in native/bsr_int8/bsr.h
 WIDE = 8192  # channels, from which on offsets take 32 bits
 MOST = 65_536  # channels whose products with int8 cannot overflow an int32
-TILE, PANEL = 16, 32  # rows
+TILE = 16  # rows
 
 
 def available() -> bool:
@@ -93,10 +93,10 @@ def pack(a: BsrInt8, panels: bool = False) -> Packed:
     columns, data = used.nonzero(as_tuple=True)[1].int(), a.weight.contiguous()
     groups, windows = torch.empty_like(starts), torch.empty_like(starts)
     stored = (len(used), k, width, starts.data_ptr(), columns.data_ptr())
-    core.count(*stored, groups.data_ptr(), windows.data_ptr())
+    panel_bytes = core.count(*stored, groups.data_ptr(), windows.data_ptr())
     many, few, wide = 0 if panels else int(groups[-1]), int(windows[-1]), k >= WIDE
-    made = -(-m // PANEL) * -(-k // 64) * PANEL * 64 if panels else 0
-    panel_data, group_data = torch.empty(made, dtype=torch.int8), torch.empty(many, 4, 4, dtype=torch.int8)
+    panel_data = torch.empty(panel_bytes if panels else 0, dtype=torch.int8)
+    group_data = torch.empty(many, 4, 4, dtype=torch.int8)
     offsets = torch.empty(many * 4 // width, dtype=torch.int32 if wide else torch.int16)
     window_data, index = torch.empty(few, 4, 16, dtype=torch.int8), torch.empty(few, 16, dtype=torch.uint8)
     base = torch.empty(few, dtype=torch.int32)

@@ -1,10 +1,10 @@
-"""Which kernel multiplies a matrix: predicted from its pattern (`model`), or measured; packed once per choice."""
+"""Which kernel multiplies a matrix: predicted from its pattern (`model`), measured, or both; packed once per choice."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from .. import reorder, timing
 from ..cusparse import CusparseError
-from . import Csr, KernelError, Packed, Way, memory, model, registry
+from . import Csr, KernelError, Packed, Way, duel, memory, model, registry
 from .kernels import cusparse
 
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
 MEASURED = 4  # ways that a measurement compares, at least
 REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
+NEAR = 1.25  # the same for a second kernel of ours in a short race, where only the library must not be missed
 SECONDS = 0.005  # of timing per way
 SHOWN = 4
+Race = Callable[[Mapping[str, duel.Call]], dict[str, float]]
 
 
 def bucket(n: int) -> int:
@@ -30,9 +32,10 @@ class Chooser:
     """Chooses for one matrix, per width of B, and keeps what it packed.
 
     tf32: may float32 values be rounded? reordering: may rows be put in another order inside? changing: will values
-    differ from product to product? Then only kernels that read them where they lie are used. measuring: are ways timed
-    when a width first comes up that this machine has not timed yet, or does the prediction do? deterministic: must two
-    runs agree to the bit?
+    differ from product to product? Then only kernels that read them where they lie are used. measuring: what happens
+    when a width first comes up that this machine has not timed yet? True: all promising ways are timed; False: the
+    prediction does; None: on a GPU a short race between the best predicted of ours and of the library. deterministic:
+    must two runs agree to the bit?
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Chooser:
         tf32: bool,
         reordering: bool,
         changing: bool,
-        measuring: bool = False,
+        measuring: bool | None = None,
         deterministic: bool = True,
     ) -> None:
         self.a, self.tf32, self.reordering, self.changing, self.measuring = a, tf32, reordering, changing, measuring
@@ -91,13 +94,28 @@ class Chooser:
         return self._ways[at]
 
     def _chosen(self, n: int) -> Way:
-        if len(self.ways) == 1:
-            return self.ways[0]
-        return self._fastest(n) if self.measuring or self._recalled(n) else next(iter(self.predicted(n)))
+        if self.measuring:
+            return self._fastest(n)
+        pick = next(iter(self.predicted(n)))
+        if self.measuring is False or len(self.ways) == 1:
+            return pick
+        for ways in (self._promising(n), self._rivals(n)):
+            if len(ways) > 1 and (known := self._recalled(n, ways)):
+                return self._pinned(n, known)
+        rivals = self._rivals(n)
+        if self._on_gpu and len(rivals) > 1:
+            with contextlib.suppress(torch.OutOfMemoryError):  # of the operand that they are tried on
+                return self._pinned(n, self._timed(n, rivals, self._duel))
+        return pick
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.a.device.type == "cuda"
 
     def packed(self, n: int, way: Way) -> Packed:
         key = bucket(n), way
         if key not in self._packed:
+            self._check_capture(n)
             known = next((p for (_, w), p in self._packed.items() if w == way), None)
             self._packed[key] = way.own.refit(known, key[0]) if known else self._pack(key[0], way)
         return self._packed[key]
@@ -106,16 +124,26 @@ class Chooser:
         knobs = dict(way.knobs) | ({"order": self._order} if "rows" in dict(way.knobs) else {})
         return way.own.pack(self.a, n, **knobs)
 
+    def _check_capture(self, n: int) -> None:
+        """Packing waits for the GPU, which nothing may do while a CUDA graph is captured."""
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            raise KernelError(
+                f"nothing is packed yet for a B of {n} columns, and a CUDA graph is being captured; fix: make one such "
+                f"product, or call prepare({n}), before capturing"
+            )
+
     def multiply(self, b: Tensor, values: Tensor | None = None) -> Tensor:
         """A B, for these values in the place of A's."""
+        if bucket(b.shape[1]) not in self._ways:
+            self._check_capture(b.shape[1])
         way = self.way(b.shape[1])
         packed = self.packed(b.shape[1], way)
         tensors = packed.tensors if values is None else way.own.revalued(packed.tensors, values)
         return way.own.run(b, tensors, packed.meta)
 
     def prepare(self, n: int, measure: bool) -> None:
-        """Choose and pack for B of n columns; `measure`: by timing, or as timed here before."""
-        if (measure or self.measuring) and bucket(n) not in self._times and len(self.ways) > 1:
+        """Choose and pack for B of n columns; `measure`: by timing all promising ways, or as timed here before."""
+        if measure or self.measuring:
             self._ways[bucket(n)] = self._fastest(bucket(n))
         self.packed(n, self.way(n))
 
@@ -123,18 +151,20 @@ class Chooser:
     def _memory(self) -> memory.Memory:
         return memory.Memory(self.a, self.tf32, self.reordering, self.changing)
 
-    def _recalled(self, n: int) -> dict[str, float] | None:
-        """What this machine has measured before, if that was enough."""
-        known = self._memory.recall(n)
-        return known if known and known.keys() >= {str(w) for w in self._promising(n)} else None
+    def _recalled(self, n: int, ways: Sequence[Way]) -> dict[Way, float] | None:
+        """What this machine has measured before, if that was all of these."""
+        known = self._memory.recall(n) or {}
+        return {w: known[str(w)] for w in ways} if known.keys() >= {str(w) for w in ways} else None
 
     def _fastest(self, n: int) -> Way:
-        promising = self._promising(n)
-        known = self._recalled(n)
-        if known is None:
-            known = self._raced(n, promising)
-            self._memory.remember(n, known)
-        self._times[n] = {w: known[str(w)] for w in sorted(promising, key=lambda w: known[str(w)])}
+        ways = self._promising(n)
+        if self._times.get(n, {}).keys() >= set(ways):
+            return next(iter(self._times[n]))
+        return self._pinned(n, self._recalled(n, ways) or self._timed(n, ways, self._race))
+
+    def _pinned(self, n: int, times: dict[Way, float]) -> Way:
+        """The fastest; what was packed for the others is dropped."""
+        self._times[n] = dict(sorted(times.items(), key=lambda item: item[1]))
         best = next(iter(self._times[n]))
         self._packed = {key: p for key, p in self._packed.items() if key[0] != n or key[1] == best}
         return best
@@ -144,17 +174,36 @@ class Chooser:
         limit = REACH * min(predicted.values())
         return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
 
-    def _raced(self, n: int, ways: Sequence[Way]) -> dict[str, float]:
-        """Microseconds by the name of a way, infinite where the library refuses or memory does not suffice."""
-        b = torch.randn(self.a.shape[1], n, device=self.a.device).to(self.a.dtype)
+    def _rivals(self, n: int) -> list[Way]:
+        """The pick, and the best predicted of every other kernel and of Blocked-ELL, where they should come near."""
+        predicted = self.predicted(n)
+        least, found = min(predicted.values()), {}
+        for way, us in predicted.items():
+            ours = way.kernel not in model.LIBRARY and any(w.kernel not in model.LIBRARY for w in found.values())
+            if not found or us <= (NEAR if ours else REACH) * least:
+                found.setdefault((way.kernel, "ell" in dict(way.knobs)), way)
+        return list(found.values())
+
+    def _timed(self, n: int, ways: Sequence[Way], race: Race) -> dict[Way, float]:
+        """Microseconds, infinite where the library refuses or memory does not suffice."""
+        generator = torch.Generator(self.a.device).manual_seed(0)  # the user's random numbers are not ours to use
+        b = torch.randn(self.a.shape[1], n, device=self.a.device, dtype=self.a.dtype, generator=generator)
         runners = {}
         for way in ways:
             with contextlib.suppress(CusparseError, torch.OutOfMemoryError):
                 packed = self.packed(n, way)
                 call = partial(way.own.run, b, packed.tensors, packed.meta)
                 call()
-                runners[str(way)] = [call]
-        return {str(w): math.inf for w in ways} | timing.race(runners, self.a.device, SECONDS)
+                runners[str(way)] = call
+        found = {str(w): math.inf for w in ways} | (race(runners) if runners else {})
+        self._memory.remember(n, found)
+        return {w: found[str(w)] for w in ways}
+
+    def _race(self, runners: Mapping[str, duel.Call]) -> dict[str, float]:
+        return timing.race({k: [r] for k, r in runners.items()}, self.a.device, SECONDS)
+
+    def _duel(self, runners: Mapping[str, duel.Call]) -> dict[str, float]:
+        return duel.duel(runners, self.a.device)
 
     def explain(self, widths: Sequence[int]) -> str:
         lines = [str(self.stats)]

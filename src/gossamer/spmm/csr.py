@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FormatError, _coo
+from ..formats._rows import starts_of
 
 MOST = 2**31 - 1  # rows, columns and entries: the kernels count in int32
 
@@ -28,10 +29,12 @@ class Csr:
         """Any scipy matrix or torch tensor, checked; FormatError says what is wrong with it and what to do."""
         check_indices(a)
         found = _coo.coo(a)
+        if found.values.is_complex():
+            raise FormatError("complex values are not multiplied; fix: one matrix of the real parts, one of the others")
         for what, count in (("rows", found.shape[0]), ("columns", found.shape[1]), ("entries", found.values.numel())):
             if count > MOST:
                 raise FormatError(f"{count} {what}: at most 2^31 - 1 are possible; fix: cut the matrix into parts")
-        return cls(found.shape, pointers_of(found.rows, found.shape[0]), found.cols.to(torch.int32), found.values)
+        return cls(found.shape, starts_of(found.rows, found.shape[0]), found.cols.to(torch.int32), found.values)
 
     @property
     def nnz(self) -> int:
@@ -65,7 +68,7 @@ class Csr:
     def transposed(self) -> tuple[Csr, Tensor]:
         """A^T, and the place in A of each of its entries."""
         order = torch.argsort(self.cols, stable=True)
-        pointers = pointers_of(self.cols[order].long(), self.shape[1])
+        pointers = starts_of(self.cols[order].long(), self.shape[1])
         return Csr(
             (self.shape[1], self.shape[0]), pointers, self.rows[order].to(torch.int32), self.values[order]
         ), order
@@ -78,13 +81,6 @@ class Csr:
         """The same as a torch.sparse_csr tensor, without a copy of its values."""
         index = self.pointers.to(torch.int32), self.cols
         return torch.sparse_csr_tensor(*index, self.values, self.shape, check_invariants=False)
-
-
-def pointers_of(rows: Tensor, count: int) -> Tensor:
-    """Where each row begins among sorted `rows`, int64 [count + 1]."""
-    pointers = torch.zeros(count + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(torch.bincount(rows, minlength=count), 0, out=pointers[1:])
-    return pointers
 
 
 def check_indices(a: Any) -> None:

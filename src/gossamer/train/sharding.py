@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 
 def is_sharded(a: Tensor) -> bool:
@@ -25,8 +25,19 @@ def part(full: Tensor, like: Tensor) -> Tensor:
     """The part of `full`, which every rank has, that matches this rank's part of `like`; scalars as they are."""
     if not isinstance(like, DTensor) or full.ndim == 0:
         return full
+    if all(type(p) in (Shard, Replicate) for p in like.placements):
+        return _cut(full, like)  # redistribute, which knows other placements, takes the host 40 times as long
     everywhere = [Replicate()] * like.device_mesh.ndim
     return DTensor.from_local(full, like.device_mesh, everywhere).redistribute(placements=like.placements).to_local()
+
+
+def _cut(full: Tensor, like: DTensor) -> Tensor:
+    """A view: of each dimension of the mesh this rank's piece of torch.chunk, empty where there is none."""
+    for i, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            pieces, mine = full.chunk(like.device_mesh.size(i), placement.dim), like.device_mesh.get_local_rank(i)
+            full = pieces[mine] if mine < len(pieces) else full.narrow(placement.dim, 0, 0)
+    return full
 
 
 def like(held: Tensor, a: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""The GEMMs of a 2:4 layer on the sparse tensor cores of an NVIDIA GPU, each where that is faster than dense."""
+"""The GEMMs of a 2:4 layer on the sparse tensor cores of an NVIDIA GPU, each where that is faster than dense.
+
+`gossamer::product24(x, w)` is x w^T for a `w` that is 2:4 along its rows, `gossamer::estimated24(dz, x)` an unbiased
+estimate of dz^T x. As ops with fakes they stay whole under torch.compile(fullgraph=True). The first call for a shape
+times sparse against dense, so a step runs once before a CUDA graph captures it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,14 @@ import torch
 from torch import Tensor
 
 from .. import cslt, cuda_patterns
-from ..cslt import Problem
-from .ffn24 import uncompiled, worth
+from ..cslt import Algorithm, Problem
+from .ffn24 import worth
 from .products import Products
+from .sharding import is_sharded
+
+_library = torch.library.Library("gossamer", "FRAGMENT")
+_library.define("product24(Tensor x, Tensor w) -> Tensor")
+_library.define("estimated24(Tensor dz, Tensor x) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
 
 
 @dataclass(frozen=True)
@@ -20,42 +30,47 @@ class SparseProducts(Products):
     The estimate is that of least variance, which costs less here than the papers' approximation of it.
 
     `tiles`: weights are 2:4 along both of their dimensions, so that the gradient of x can be sparse, too. A weight is
-    compressed in every product that reads it: a pass over it. bfloat16 and float16; anything else runs dense.
+    compressed in every product that reads it: a pass over it. bfloat16 and float16; anything else runs dense, and so do
+    weights that are DTensors in the forward pass, as tensor parallelism makes them (FSDP2 does not).
     """
 
     tiles: bool = False
 
-    @uncompiled
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return _product(w, x) if _fits(x, w) else super().forward(x, w)
+        return super().forward(x, w) if is_sharded(w) else torch.ops.gossamer.product24(x, w)
 
-    @uncompiled
     def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
-        if self.tiles and _fits(dz, w.mT):
-            return _product(w.mT.contiguous(), dz)
-        return super().grad_input(dz, w)
+        if not self.tiles or is_sharded(w):
+            return super().grad_input(dz, w)
+        return torch.ops.gossamer.product24(dz, w.mT)
 
-    @uncompiled
     def grad_weight(self, dz: Tensor, x: Tensor) -> Tensor:
-        if self.mvue and cuda_patterns.refusal(dz) is None and x.dtype == dz.dtype:
-            problem = Problem(dz.shape[1], x.shape[0], x.shape[1], x.dtype, x.dtype, b_rows=False, d_rows=False)
-            if algorithm := worth(problem, x.get_device()):
-                return cslt.matmul(cuda_patterns.estimate_t(dz), problem, cslt.aligned(x), algorithm)
-        return super().grad_weight(dz, x)
+        if not self.mvue or is_sharded(dz) or is_sharded(x):
+            return super().grad_weight(dz, x)
+        return torch.ops.gossamer.estimated24(dz, x)
 
 
-def _problem(x: Tensor, w: Tensor) -> Problem:
-    return Problem(w.shape[0], w.shape[1], x.shape[0], x.dtype, x.dtype)
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    problem = Problem(w.shape[0], w.shape[1], x.shape[0], x.dtype, x.dtype)
+    if algorithm := _worth(problem, x, w):
+        return cslt.matmul(cuda_patterns.compressed(w), problem, cslt.aligned(x), algorithm)
+    return x @ w.mT
 
 
-def _fits(x: Tensor, w: Tensor) -> bool:
-    if not x.is_cuda or x.dtype != w.dtype or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return worth(_problem(x, w), x.get_device()) is not None
+def _estimated(dz: Tensor, x: Tensor) -> Tensor:
+    problem = Problem(dz.shape[1], x.shape[0], x.shape[1], x.dtype, x.dtype, b_rows=False, d_rows=False)
+    if cuda_patterns.refusal(dz := cslt.aligned(dz)) is None and (algorithm := _worth(problem, dz, x)):
+        return cslt.matmul(cuda_patterns.estimate_t(dz), problem, cslt.aligned(x), algorithm)
+    return Products.sampled(dz) @ x
 
 
-def _product(w: Tensor, x: Tensor) -> Tensor:
-    """x w^T for a 2:4 `w`."""
-    algorithm = worth(_problem(x, w), x.get_device())
-    assert algorithm is not None  # `_fits` said so
-    return cslt.matmul(cuda_patterns.compressed(w), _problem(x, w), cslt.aligned(x), algorithm)
+def _worth(problem: Problem, a: Tensor, b: Tensor) -> Algorithm | None:
+    if not a.is_cuda or a.dtype != b.dtype or a.dtype not in (torch.bfloat16, torch.float16) or not a.numel():
+        return None
+    return worth(problem, a.get_device())
+
+
+_library.impl("product24", _product, "CompositeExplicitAutograd")
+_library.impl("estimated24", _estimated, "CompositeExplicitAutograd")
+torch.library.register_fake("gossamer::product24", lambda x, w: x.new_empty(x.shape[0], w.shape[0]), lib=_library)
+torch.library.register_fake("gossamer::estimated24", lambda dz, x: x.new_empty(dz.shape[1], x.shape[1]), lib=_library)

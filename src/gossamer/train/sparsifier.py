@@ -35,8 +35,8 @@ def sparsify(
     `fully_shard`, and before torch.compile. `steps`: the optimizer steps of the whole run, which a dense start or tail
     needs. `filter`: a pattern like "*.mlp.*", several, a function of (name, module), or None for the linear layers of
     feed-forward blocks. `products` computes the GEMMs in place of the method's dense ones; "sparse": on sparse tensor
-    cores, each where it was measured faster, not under torch.compile(fullgraph=True). Measures are taken every `every`
-    steps. ValueError names a layer that does not fit.
+    cores, each where it was measured faster. Measures are taken every `every` steps. ValueError names a layer that does
+    not fit.
     """
     if every < 1:
         raise ValueError(f"every={every}; fix: 1 or more steps between measures")
@@ -259,6 +259,8 @@ def _sparse(method: Method, word: str) -> Products:
     dense = method.products()
     if word != "sparse":
         raise ValueError(f"products={word!r} is unknown; fix: sparse, a Products, or None for dense ones")
+    if method.name == "dense":
+        raise ValueError("the weights of Dense() are not 2:4, sparse products would prune them; fix: products=None")
     if type(dense) is not Products:
         raise ValueError(f"{method} multiplies as {type(dense).__name__} does; fix: products=None, or fp8=False")
     return SparseProducts(mvue=dense.mvue, tiles=method.tiles)

@@ -15,7 +15,7 @@ from .._columns import columns_of, padded, processors
 
 THREADS, WARP = 128, 32
 # Entries of a team in flight, lanes of a team at most: narrow teams find more of B's rows in a multiprocessor's cache.
-KNOBS = ((4, 32), (8, 32), (8, 8))
+KNOBS = ((4, 32), (8, 32), (8, 8), (8, 4))
 LONG = 4  # rounds of entries after which a segment may get a block of its own
 SHORTEST = 4  # rounds of a block in the shortest segment of a row that is cut
 WARPS_PER_SM = 48  # that should have a segment
