@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import pickle
 import re
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,11 @@ def test_one_scale_for_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> Non
         assert cslt.Plan.run(plan, a, b, d, alpha) is d
     assert cslt.Plan.run(plan, a, b, d) is d
     assert seen == [(1.0, 0.0), (0.375, 0.0), (1.0, 0.0), (1.0, 0.0)]
+    plan.run = partial(cslt.Plan.run, plan)
+    monkeypatch.setattr(cslt, "plan", lambda *key: plan)
+    monkeypatch.setattr(cslt, "_unlike", lambda a, problem, b: None)
+    cslt.matmul(a, Problem(16, 16, 16, B, B), b, cslt.Algorithm(0), 0.75)
+    assert seen[4:] == [(0.75, 0.0)]
 
 
 def test_operands_of_another_problem_are_refused() -> None:

@@ -157,6 +157,38 @@ def test_other_patterns_are_refused(n: int, m: int) -> None:
     assert reason == f"a weight that is 2:4, not {n}:{m}"
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, with_bias: bool) -> None:
+    """Shapes that come back take the short way: the same launches, tensors of the same values and shapes."""
+    seen: list[tuple] = []
+
+    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
+        stages, x, bias, y, *sizes = args
+        y.view(-1, 100).copy_(x.reshape(-1, x.shape[-1])[:, :100])
+        seen.append((repr(self), grid, block, stages.data_ptr(), x.flatten().tolist(), bias.tolist(), sizes, shared))
+
+    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+    monkeypatch.setattr(cuda_nm24, "gpu", lambda index: H100)
+    packed = CudaNm24.pack(NM.encode(sparse(100, 264)), torch.bfloat16)
+    bias = torch.randn(100) if with_bias else None
+    call = CudaNm24.bind(packed.tensors, packed.meta, bias)
+    ones = torch.ones(8 * 264 + 1).bfloat16()
+    for x in (
+        *(torch.randn(*shape, 264).bfloat16() for shape in ((1,), (1, 1), (3,), (2, 4), (64,), (65,), (200,), (0,))),
+        torch.randn(264, 8).bfloat16().mT,
+        ones[1:].view(8, 264),
+    ):
+        for _ in range(3):
+            begin = len(seen)
+            expected = CudaNm24.run(x, packed.tensors, packed.meta, bias)
+            wanted = seen[begin:]
+            y = call(x)
+            assert y.shape == (*x.shape[:-1], 100) and torch.equal(y, expected)
+            assert seen[begin + len(wanted) :] == wanted
+    with pytest.raises(KernelError, match="x has 256 features"):
+        call(torch.zeros(3, 256).bfloat16())
+
+
 def test_two_patterns_of_one_shape_are_raced_apart() -> None:
     """What is measured for 2:4 says nothing of 4:8, which takes as many bytes."""
     found = [NM.encode(torch.where(patterns.nm(torch.rand(16, 32), n, m), 1.0, 0.0), n, m) for n, m in ((2, 4), (4, 8))]
@@ -172,6 +204,8 @@ def check(a: Tensor, x: Tensor, bias: Tensor | None = None, cut: Cut | None = No
     packed = CudaNm24.pack(NM.encode(a), a.dtype)
     if cut is None:
         y = CudaNm24.run(x, packed.tensors, packed.meta, bias)
+        bound = CudaNm24.bind(packed.tensors, packed.meta, bias)
+        assert torch.equal(bound(x), y) and torch.equal(bound(x), y)
     else:
         y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
         cuda_nm24.launch(rows_of("test", x, packed.meta, x.device), packed.tensors[0], packed.meta, bias, y, cut)

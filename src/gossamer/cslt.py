@@ -257,7 +257,7 @@ def matmul(a: Tensor, problem: Problem, b: Tensor, algorithm: Algorithm, alpha: 
         raise ValueError(f"cslt.matmul of {problem} takes {reason}")
     shape = (problem.columns, problem.rows) if problem.d_rows else (problem.rows, problem.columns)
     d = b.new_empty(shape, dtype=problem.out)
-    return plan(problem, algorithm, b.get_device()).run(a, b, d)
+    return plan(problem, algorithm, b.get_device()).run(a, b, d, alpha)
 
 
 def _unlike(a: Tensor, p: Problem, b: Tensor) -> str | None:

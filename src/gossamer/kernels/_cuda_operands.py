@@ -38,9 +38,10 @@ def rows_of(name: str, x: Tensor, meta: dict[str, Any], device: torch.device, co
 
 def bias_of(bias: Tensor | None, x: Tensor) -> Tensor:
     """The bias as kernels read it; an empty tensor, which passes a null pointer, where there is none."""
-    return _none(x.device) if bias is None else bias.to(x.dtype).contiguous()
+    return no_bias(x.device) if bias is None else bias.to(x.dtype).contiguous()
 
 
 @cache
-def _none(device: torch.device) -> Tensor:
+def no_bias(device: torch.device) -> Tensor:
+    """Empty: a kernel gets a null pointer."""
     return torch.empty(0, device=device)

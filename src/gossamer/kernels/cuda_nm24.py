@@ -6,9 +6,9 @@ all. See docs/kernels/nm24.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from ..driver import STATIC_SHARED
 from ..formats import Format
 from ..formats.nm24 import NM
 from . import Case, Kernel, KernelError, Packed
-from ._cuda_operands import DTYPES, bias_of, dtype_of, rows_of
+from ._cuda_operands import DTYPES, bias_of, dtype_of, no_bias, rows_of
 from ._nm24_cut import TILES, WARPS, X_WARPS, Cut, Gpu, Work, best_cut
 from ._nm24_pack import BLOCK, DEPTH, STAGE, pack_matrix, unpack_matrix
 
 MAX_TOKENS = 256
+AT_ONCE = 8 * TILES[-1]  # tokens of a launch
+MAX_SHAPES = 64  # of x, that a layer keeps the short way for
 
 
 @cache
@@ -75,10 +77,31 @@ class CudaNm24(Kernel):
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         flat = rows_of(cls.name, x, meta, packed[0].device)
         y = x.new_empty(flat.shape[0], meta["rows"])
-        for begin in range(0, flat.shape[0], 8 * TILES[-1]):
-            part = slice(begin, begin + 8 * TILES[-1])
+        for begin in range(0, flat.shape[0], AT_ONCE):
+            part = slice(begin, begin + AT_ONCE)
             launch(flat[part], packed[0], meta, bias, y[part])
         return y.view(*x.shape[:-1], meta["rows"])
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What is the same for every x of one shape is found out once: with few tokens the host takes the longest."""
+        stages, ready = packed[0], dict[torch.Size, tuple[Launch, torch.Size]]()
+        index, bias = stages.get_device(), None if bias is None else bias.to(dtype_of(meta)).contiguous()
+        held = no_bias(stages.device) if bias is None else bias
+
+        def product(x: Tensor) -> Tensor:
+            found = ready.get(x.shape)
+            if found and x.is_contiguous() and x.data_ptr() % 16 == 0 and x.get_device() == index:
+                y = x.new_empty(found[1])
+                found[0].run(stages, x, held, y)
+                return y
+            y = cls.run(x, packed, meta, bias)
+            tokens = x.shape[:-1].numel()
+            if 0 < tokens <= AT_ONCE and meta["cols"] % 8 == 0 and len(ready) < MAX_SHAPES:
+                ready[x.shape] = planned(tokens, meta["cols"], meta, gpu(index)), y.shape
+            return y
+
+        return product
 
     @classmethod
     def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
@@ -117,13 +140,30 @@ def launch(
     x: Tensor, stages: Tensor, meta: dict[str, Any], bias: Tensor | None, y: Tensor, cut: Cut | None = None
 ) -> None:
     """y [N, M] = x [N, K] A^T + bias, for at most 64 rows of x, as `rows_of` leaves them."""
-    tokens, device = x.shape[0], gpu(x.get_device())
+    planned(x.shape[0], x.shape[1], meta, gpu(x.get_device()), cut).run(stages, x, bias_of(bias, x), y)
+
+
+class Launch(NamedTuple):
+    """A launch, all but its tensors."""
+
+    kernel: nvrtc.Function
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    sizes: tuple[int, ...]
+    shared: int  # bytes
+
+    def run(self, stages: Tensor, x: Tensor, bias: Tensor, y: Tensor) -> None:
+        self.kernel.launch(self.grid, self.block, stages, x, bias, y, *self.sizes, shared=self.shared)
+
+
+def planned(tokens: int, width: int, meta: dict[str, Any], device: Gpu, cut: Cut | None = None) -> Launch:
+    """The launch for x [tokens, width], as `rows_of` leaves it; by default cut as is thought best."""
     work = work_of(tokens, meta, device)
     cut = cut or best_cut(work, device)
     grid, block = (work.panels(cut) * cut.cluster, 1, 1), (32 * (cut.warps + X_WARPS[work.tiles]), 1, 1)
     kernel = function(work.tiles, meta["bf16"], cut.pair, cut.cluster, device.shared)
-    sizes = work.rows, x.shape[1], tokens, work.deep, cut.high, cut.split, cut.x_ring
-    kernel.launch(grid, block, stages, x, bias_of(bias, x), y, *sizes, shared=work.shared(cut))
+    sizes = work.rows, width, tokens, work.deep, cut.high, cut.split, cut.x_ring
+    return Launch(kernel, grid, block, sizes, work.shared(cut))
 
 
 def work_of(tokens: int, meta: dict[str, Any], device: Gpu) -> Work:
