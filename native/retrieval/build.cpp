@@ -84,14 +84,16 @@ uint32_t Builder::number(uint32_t dim) const {
 
 void Builder::measure() {
   const uint32_t ranges = header_.ranges;
-  table_.assign(header_.columns, Column{0, 0, 0, 0.0f, 0});
+  table_.assign(header_.columns, Column{0, 0, 0, 0.0f, 0.0f});
   for (int64_t i = rows_.starts[0]; i < rows_.starts[rows_.docs]; ++i) {
     Column& column = table_[number(rows_.columns[i])];
     ++column.count;
     column.largest = std::max(column.largest, std::fabs(rows_.values[i]));
+    column.mean += std::fabs(rows_.values[i]);
   }
   uint64_t metas = 0;
   for (Column& column : table_) {
+    column.mean /= static_cast<float>(std::max(column.count, 1u));
     column.meta = column.count < flat_share * ranges ? flat : static_cast<uint32_t>(metas);
     if (column.meta != flat) metas += ranges + 1;
   }

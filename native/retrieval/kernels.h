@@ -12,10 +12,11 @@ constexpr int accumulators = 65536;
 constexpr int groups = 512;
 
 struct Kernels {
-  // acc[place] += round(impact * weight / 2^15) for each posting, until |impact| of a group of 16 starts below `least`.
-  // Meanwhile `next`, up to next_end, is fetched: a line a group, as many at once would stall the loads.
-  void (*scatter)(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
-                  const uint32_t* next, const uint32_t* next_end);
+  // acc[place] += round(impact * weight / 2^15) for each posting, until |impact| of a group of 16 starts below `least`;
+  // returns how many were read. Meanwhile `next`, up to next_end, is fetched: a line a group, as many at once would
+  // stall the loads.
+  uint32_t (*scatter)(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                      const uint32_t* next, const uint32_t* next_end);
   // The same of a row of impacts; docs is a multiple of 32.
   void (*dense)(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight);
   // Places with acc >= least, in ascending order; docs is a multiple of 32 (padding holds -32768).

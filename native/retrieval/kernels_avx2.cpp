@@ -13,13 +13,13 @@ void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x
 
 int16_t share(int16_t impact, int16_t weight) { return static_cast<int16_t>((impact * weight + (1 << 14)) >> 15); }
 
-void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least, const uint32_t* next,
-             const uint32_t* next_end) {
+uint32_t scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                 const uint32_t* next, const uint32_t* next_end) {
   for (; next < next_end; next += 16) __builtin_prefetch(next);
   const __m256i w = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(static_cast<uint16_t>(weight)) << 16));
   uint32_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    if (i % 16 == 0 && std::abs(static_cast<int>(postings[i]) >> 16) < least) return;
+    if (i % 16 == 0 && std::abs(static_cast<int>(postings[i]) >> 16) < least) return i;
     alignas(32) int16_t tile[16];
     store(tile, _mm256_mulhrs_epi16(load(postings + i), w));
     const uint16_t* places = reinterpret_cast<const uint16_t*>(postings + i);
@@ -28,10 +28,11 @@ void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t wei
   }
   for (; i < count; ++i) {
     const int16_t impact = static_cast<int16_t>(postings[i] >> 16);
-    if (i % 16 == 0 && std::abs(int{impact}) < least) return;
+    if (i % 16 == 0 && std::abs(int{impact}) < least) return i;
     int16_t& sum = acc[postings[i] & 0xffff];
     sum = static_cast<int16_t>(sum + share(impact, weight));
   }
+  return count;
 }
 
 void dense(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight) {

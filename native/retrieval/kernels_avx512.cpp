@@ -29,12 +29,12 @@ void add(int16_t* acc, const uint32_t* postings, int i, const Tile& tile) {
 int magnitude(uint32_t posting) { return std::abs(static_cast<int16_t>(posting >> 16)); }
 
 template <bool cut>
-void scatter_until(int16_t* acc, const uint32_t* postings, uint32_t count, __m512i w, int least, const uint32_t*& next,
-                   const uint32_t* next_end) {
+uint32_t scatter_until(int16_t* acc, const uint32_t* postings, uint32_t count, __m512i w, int least,
+                       const uint32_t*& next, const uint32_t* next_end) {
   Tile tile;
   uint32_t i = 0;
   for (; i + 16 <= count; i += 16, postings += 16) {
-    if (cut && magnitude(*postings) < least) return;
+    if (cut && magnitude(*postings) < least) return i;
     if (next < next_end) __builtin_prefetch(next);
     next += 16;
     tile.put(_mm512_mulhrs_epi16(load(postings), w));
@@ -42,19 +42,19 @@ void scatter_until(int16_t* acc, const uint32_t* postings, uint32_t count, __m51
     for (int j = 0; j < 16; ++j) add(acc, postings, j, tile);
   }
   const int left = static_cast<int>(count - i);
-  if (left == 0 || (cut && magnitude(*postings) < least)) return;
+  if (left == 0 || (cut && magnitude(*postings) < least)) return i;
   tile.put(_mm512_mulhrs_epi16(_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << left) - 1), postings), w));
   for (int j = 0; j < left; ++j) add(acc, postings, j, tile);
+  return count;
 }
 
-void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least, const uint32_t* next,
-             const uint32_t* next_end) {
+uint32_t scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                 const uint32_t* next, const uint32_t* next_end) {
   const __m512i w = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(static_cast<uint16_t>(weight)) << 16));
-  if (least > 0)
-    scatter_until<true>(acc, postings, count, w, least, next, next_end);
-  else
-    scatter_until<false>(acc, postings, count, w, 0, next, next_end);
+  const uint32_t read = least > 0 ? scatter_until<true>(acc, postings, count, w, least, next, next_end)
+                                  : scatter_until<false>(acc, postings, count, w, 0, next, next_end);
   for (; next < next_end; next += 16) __builtin_prefetch(next);
+  return read;
 }
 
 void dense(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight) {

@@ -8,15 +8,16 @@ namespace {
 
 int16_t share(int16_t impact, int16_t weight) { return static_cast<int16_t>((impact * weight + (1 << 14)) >> 15); }
 
-void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least, const uint32_t* next,
-             const uint32_t* next_end) {
+uint32_t scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                 const uint32_t* next, const uint32_t* next_end) {
   for (; next < next_end; next += 16) __builtin_prefetch(next);
   for (uint32_t i = 0; i < count; ++i) {
     const int16_t impact = static_cast<int16_t>(postings[i] >> 16);
-    if (i % 16 == 0 && std::abs(int{impact}) < least) return;
+    if (i % 16 == 0 && std::abs(int{impact}) < least) return i;
     int16_t& sum = acc[postings[i] & 0xffff];
     sum = static_cast<int16_t>(sum + share(impact, weight));
   }
+  return count;
 }
 
 void dense(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight) {

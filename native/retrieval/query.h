@@ -47,6 +47,28 @@ inline __attribute__((always_inline)) void prefetch(const void* from, const void
   for (; p < end; p += 64) __builtin_prefetch(p, 0, 3);
 }
 
+// Fetches rows of documents before they are scored one after the other.
+class Ahead {
+ public:
+  template <class DocAt>
+  Ahead(const Segment& s, size_t docs, const DocAt& doc_at) : s_(s), docs_(docs) {
+    for (size_t i = 0; i < std::min(docs, far); ++i) __builtin_prefetch(s.rows + doc_at(i));
+    for (size_t i = 0; i < std::min(docs, near); ++i) row(doc_at(i));
+  }
+  // Before document i is scored.
+  template <class DocAt>
+  void fetch(size_t i, const DocAt& doc_at) const {
+    if (i + far < docs_) __builtin_prefetch(s_.rows + doc_at(i + far));
+    if (i + near < docs_) row(doc_at(i + near));
+  }
+
+ private:
+  static constexpr size_t far = 32, near = 12;
+  void row(uint32_t doc) const { prefetch(s_.data + s_.rows[doc], s_.data + s_.rows[doc + 1], 4096); }
+  const Segment& s_;
+  const size_t docs_;
+};
+
 // The first pair of a flat column that lies in a range or after it.
 inline uint32_t flat_start(const uint32_t* pairs, uint32_t count, uint32_t range) {
   uint32_t low = 0, high = count;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "plan.h"
 #include "query.h"
 #include "search.h"
 
@@ -34,11 +35,32 @@ struct Leaders {
   bool broken = false;  // a range could not be accumulated in 16 bits
   std::vector<Hit> hits;
 
+  // Ranges that were looked at with a higher bar than was known. Where the best ones do not reach it in the end, they
+  // have to be looked at again.
+  struct Hope {
+    uint32_t target, range;
+    double bar;
+  };
+  std::vector<Hope> hopes;
+  uint64_t total = 0, seen = 0;  // documents; total 0: no hopes
+
   explicit Leaders(size_t keep) : keep(keep), limit(4 * keep + 256) {}
 
   void add(const Hit& hit) {
     hits.push_back(hit);
     if (hits.size() >= limit) prune();
+  }
+
+  // What the keep-th best score will probably reach: of the documents seen, about as many are among the best in the
+  // end as their share of all is.
+  double hope() {
+    if (total == 0 || seen == 0) return bar;
+    const double share = static_cast<double>(seen) / static_cast<double>(total), mean = share * keep;
+    const auto place = static_cast<size_t>(std::ceil(mean + 2 * std::sqrt(mean * (1 - share)) + 1));
+    if (place >= keep || place > hits.size()) return bar;
+    const auto at = hits.begin() + static_cast<int64_t>(place) - 1;
+    std::nth_element(hits.begin(), at, hits.end(), [](const Hit& a, const Hit& b) { return a.low > b.low; });
+    return std::max(bar, at->low);
   }
 
   void prune() {
@@ -57,13 +79,16 @@ struct Leaders {
   }
 };
 
-// A term's postings in one range.
+// A term's postings in one range that are still to be read.
 struct List {
   const uint32_t *begin, *end;
-  uint32_t expected;  // postings that will be read, for a half-normal distribution of impacts
-  int16_t weight, least;
+  uint32_t expected;  // postings that will be read
+  int16_t weight;
+  int least;  // impacts below are left unread
   bool dense;
 };
+
+constexpr int nothing = 32768;  // as the least impact to read
 
 // What one thread needs, kept from call to call: making it anew costs as much as a small query.
 struct Scratch {
@@ -72,6 +97,8 @@ struct Scratch {
   std::vector<float> table;  // weight of each column, 0 where the query has none
   std::vector<int16_t> maxima = std::vector<int16_t>(groups);
   std::vector<int16_t> weights;
+  std::vector<int> least;
+  std::vector<Share> shares;
   std::vector<double> scales;
   std::vector<List> lists;
 
@@ -108,6 +135,7 @@ class Scan {
     if (terms_.empty()) return;
     scratch_.weights.resize(terms_.size());
     scratch_.scales.resize(terms_.size());
+    scratch_.least.resize(terms_.size());
     largest_ = 0;
     for (const Term& t : terms_) largest_ = std::max(largest_, most_of(t));
     if (!options_.exact)
@@ -130,7 +158,10 @@ class Scan {
   void range(uint32_t r) {
     const uint32_t base = r * range_docs, padded = (s_.docs_in(r) + 31) / 32 * 32;
     const double bound = weigh(r);
-    if (bound <= 0 || bound < leaders_.bar) return skip(r);
+    bar_ = leaders_.hope();
+    if (bar_ > leaders_.bar) leaders_.hopes.push_back({index_, r, bar_});
+    leaders_.seen += s_.docs_in(r);
+    if (bound <= 0 || bound < bar_) return skip(r);
     const double unit = bound / head_;
     const double error = options_.exact ? error_ + matched_ * 1.5e-45 / unit : 0;
     if (!(error < 8192)) {
@@ -140,13 +171,17 @@ class Scan {
     ++ranges;
     int16_t* acc = scratch_.acc();
     std::memset(acc, 0, padded * sizeof(int16_t));
-    size_t read = 0;
-    if (options_.exact && leaders_.bar > 0 && leading(acc, r, unit, error, read)) return;
-    accumulate(acc, r, unit, read, terms_.size());
+    const double rest = options_.exact ? leave_out(r) : cut_off(unit);
+    list(r);
+    for (Term& t : terms_)
+      if (t.meta == nullptr) flat_term(acc, t, r, unit);
+    read(acc, r);
+    if (rest > 0 && settle(acc, r, unit, error, rest)) return;
+    if (rest > 0) read_rest(acc, r);
     hide(acc, r);
-    if (leaders_.bar == -infinity) first_bar(acc, padded, unit, error);
+    if (bar_ == -infinity) first_bar(acc, padded, unit, error);
     const double floor = std::floor(error) + 1;
-    double least = std::floor(leaders_.bar / unit - error);
+    double least = std::floor(bar_ / unit - error);
     if (!(least >= floor)) {
       least = floor;
       leaders_.missed = std::max(leaders_.missed, (floor + error) * unit);
@@ -166,44 +201,102 @@ class Scan {
     if (target_.allowed != nullptr) k_.mask(acc, padded, target_.allowed + r * (range_docs / 32));
   }
 
-  // Reads the heaviest terms only, and scores what the others could still lift over the bar: by Cauchy and Schwarz they
-  // add at most their norm times the largest document's. False if that leaves too many documents; `read` terms are
-  // summed.
-  bool leading(int16_t* acc, uint32_t r, double unit, double error, size_t& read) {
-    const size_t n = terms_.size();
-    size_t first = n;
-    double square = 0, sum = 0, rest = 0, saved = 0;
-    while (first > 0 && terms_[first - 1].meta != nullptr) {
-      const Term& t = terms_[first - 1];
-      square += double{t.weight} * t.weight;
-      sum += std::fabs(scratch_.scales[first - 1]);
-      const double bound = std::min(std::sqrt(square) * s_.norms[r], sum) * (1 + 1e-6 + 1e-7 * matched_);
-      if (bound * options_.trust > leave_ * leaders_.bar) break;
-      rest = bound * options_.trust;
-      saved += t.meta[r + 1].offset - t.meta[r].offset;
-      --first;
-    }
-    const double least = std::floor((leaders_.bar - rest) / unit - error);
-    const double most = saved * (posting_ns / document_ns);
-    if (first == n || most < 4 || least < std::floor(error) + 1) return false;
-    accumulate(acc, r, unit, 0, first);
-    read = first;
+  // Scores the documents that what was left unread could lift over the bar. False if they are too many.
+  bool settle(int16_t* acc, uint32_t r, double unit, double error, double rest) {
+    const double least = std::floor((bar_ - rest) / unit - error);
+    if (least < std::floor(error) + 1) return false;
     const uint32_t padded = (s_.docs_in(r) + 31) / 32 * 32;
     const uint32_t found =
         least > 32767 ? 0 : k_.collect(acc, padded, static_cast<int16_t>(least), scratch_.places.data());
-    leave_ = std::clamp(leave_ * (found > most / 4 ? 0.85 : found < most / 16 ? 1.1 : 1.0), 0.1, 0.9);
-    if (found > most) return false;
+    leave_ = std::clamp(leave_ * (found > most_ / 4 ? 0.85 : found < most_ / 16 ? 1.1 : 1.0), 0.1, 0.9);
+    if (found > most_) return false;
     if (found > 0 && table_ == nullptr) table_ = std::make_unique<Table>(s_, query_, scratch_.table);
+    const auto doc_at = [&](size_t i) { return std::min(r * range_docs + scratch_.places[i], s_.docs() - 1); };
+    const Ahead ahead(s_, found, doc_at);
     for (uint32_t i = 0; i < found; ++i) {
+      ahead.fetch(i, doc_at);
       const uint32_t doc = r * range_docs + scratch_.places[i];
-      if (doc >= s_.docs() || (target_.allowed != nullptr && (target_.allowed[doc / 32] >> (doc % 32) & 1) == 0))
-        continue;
+      if (doc >= s_.docs() || !target_.allows(doc)) continue;
       const double score = table_->score(s_, doc);
       if (score >= leaders_.bar) leaders_.add({score, score, index_, doc});
     }
     scored += found;
     if (found > 0 && leaders_.hits.size() >= leaders_.keep) leaders_.prune();
     return true;
+  }
+
+  // Decides what the bar allows to leave unread of the range; returns what a document's share of that adds up to at
+  // most, 0 if nothing is to be gained.
+  double leave_out(uint32_t r) {
+    auto& least = scratch_.least;
+    std::fill(least.begin(), least.end(), 0);
+    if (!(bar_ > 0)) return 0;
+    const double budget = leave_ * bar_ / options_.trust;
+    const double margin = 1 + 1e-6 + 1e-7 * matched_;
+    const Whole whole = lightest(r, budget / margin);
+    const double saved = plan(r, budget / margin);
+    most_ = std::max(saved, whole.saved) * (posting_ns / document_ns);
+    if (most_ < 4) return 0;
+    double rest = 0;
+    if (whole.saved >= saved) {
+      std::fill(least.begin() + static_cast<int64_t>(whole.first), least.end(), nothing);
+      rest = whole.rest;
+    } else {
+      for (size_t i = 0; i < terms_.size(); ++i) {
+        const Share& share = scratch_.shares[i];
+        if (share.postings == 0 || share.cut <= 0) continue;
+        const double part = share.cut / share.most;
+        least[i] = part > 0.999 ? nothing : static_cast<int>(part * impact_one);
+        rest += std::fabs(scratch_.scales[i]) * (least[i] == nothing ? 1.0 : least[i] / double{impact_one});
+      }
+    }
+    return rest * margin * options_.trust;
+  }
+
+  struct Whole {
+    size_t first;
+    double rest, saved;
+  };
+
+  // The lightest terms whose contributions stay below the budget: by Cauchy and Schwarz they add up to their norm times
+  // the largest document's at most.
+  Whole lightest(uint32_t r, double budget) const {
+    double square = 0, sum = 0;
+    Whole out{terms_.size(), 0, 0};
+    while (out.first > 0 && terms_[out.first - 1].meta != nullptr) {
+      const Term& t = terms_[out.first - 1];
+      square += double{t.weight} * t.weight;
+      sum += std::fabs(scratch_.scales[out.first - 1]);
+      const double bound = std::min(std::sqrt(square) * s_.norms[r], sum);
+      if (bound > budget) break;
+      out.rest = bound;
+      out.saved += t.meta[r + 1].offset - t.meta[r].offset;
+      --out.first;
+    }
+    return out;
+  }
+
+  // Plans to leave the smallest impacts of every list unread; returns the postings that saves, about.
+  double plan(uint32_t r, double budget) {
+    auto& shares = scratch_.shares;
+    shares.clear();
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      const Term& t = terms_[i];
+      const auto most = static_cast<float>(std::fabs(scratch_.scales[i]));
+      const bool known = t.entry->mean > 0 && t.entry->mean <= t.entry->largest;
+      const float mean = std::fabs(t.weight) * (known ? t.entry->mean : t.entry->largest * 0.2f);
+      const bool some = t.meta != nullptr && !std::signbit(t.meta[r].scale) && most < 1e30f && mean > 1e-30f;
+      shares.push_back({most, mean, some ? static_cast<float>(t.meta[r + 1].offset - t.meta[r].offset) : 0.0f});
+    }
+    return plan_cuts(shares, static_cast<float>(budget));
+  }
+
+  // The approximate search leaves small contributions unread, whatever they add up to.
+  double cut_off(double unit) {
+    const double cut = options_.cut * largest_ / unit * 32768.0;
+    for (size_t i = 0; i < terms_.size(); ++i)
+      scratch_.least[i] = static_cast<int>(std::min(cut / std::abs(scratch_.weights[i]), double{nothing}));
+    return 0;
   }
 
   static double most_of(const Term& t) { return std::fabs(double{t.weight}) * t.entry->largest; }
@@ -263,29 +356,31 @@ class Scan {
       while (t.meta == nullptr && t.next < t.entry->count && word(t.postings, t.next) / range_docs <= r) ++t.next;
   }
 
-  void accumulate(int16_t* acc, uint32_t r, double unit, size_t begin, size_t end) {
-    const double cut = options_.exact ? 0 : options_.cut * largest_ / unit * 32768.0;
+  // The lists of the range that are to be read.
+  void list(uint32_t r) {
     auto& lists = scratch_.lists;
     lists.clear();
-    for (size_t i = begin; i < end; ++i) {
-      if (terms_[i].meta == nullptr) {
-        flat_term(acc, terms_[i], r, unit);
-        continue;
-      }
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      if (terms_[i].meta == nullptr) continue;
       const Meta* here = terms_[i].meta + r;
-      const int weight = scratch_.weights[i];
+      const int16_t weight = scratch_.weights[i];
       if (weight == 0 || here[0].offset == here[1].offset) continue;
       const bool dense = std::signbit(here[0].scale);
-      const double least = dense ? 0 : cut / std::abs(weight);
-      if (least > impact_one) continue;
-      const double above = 1 - least / impact_one;
+      const int least = dense && scratch_.least[i] != nothing ? 0 : scratch_.least[i];
       const uint32_t count = here[1].offset - here[0].offset;
-      const auto expected = std::min(count, static_cast<uint32_t>(count * above * above * above) + 32);
-      lists.push_back({terms_[i].postings + here[0].offset, terms_[i].postings + here[1].offset, expected,
-                       static_cast<int16_t>(weight), static_cast<int16_t>(least), dense});
+      const float left = 1 - below(std::min(static_cast<float>(least) / impact_one, 1.0f));
+      const auto expected = std::min(count, static_cast<uint32_t>(static_cast<float>(count) * left) + 32);
+      const uint32_t* postings = terms_[i].postings;
+      lists.push_back({postings + here[0].offset, postings + here[1].offset, expected, weight, least, dense});
     }
+  }
+
+  // Adds up the lists down to their least impacts, and moves their beginnings there.
+  void read(int16_t* acc, uint32_t r) {
+    auto& lists = scratch_.lists;
     for (size_t i = 0; i < lists.size(); ++i) {
-      const List& list = lists[i];
+      List& list = lists[i];
+      if (list.least == nothing) continue;
       const uint32_t *next = nullptr, *next_end = nullptr;
       if (i + 1 < lists.size()) {
         next = lists[i + 1].begin;
@@ -295,11 +390,22 @@ class Scan {
         next_end = std::min(next + 256, terms_[0].postings + terms_[0].meta[r + 2].offset);
       }
       const auto count = static_cast<uint32_t>(list.end - list.begin);
-      if (list.dense)
+      if (list.dense) {
         k_.dense(acc, reinterpret_cast<const int16_t*>(list.begin), count * 2, list.weight);
-      else
-        k_.scatter(acc, list.begin, count, list.weight, list.least, next, next_end);
+        list.begin = list.end;
+      } else {
+        list.begin += k_.scatter(acc, list.begin, count, list.weight, list.least, next, next_end);
+      }
     }
+  }
+
+  void read_rest(int16_t* acc, uint32_t r) {
+    auto& lists = scratch_.lists;
+    for (List& list : lists) {
+      list.least = 0;
+      list.expected = static_cast<uint32_t>(list.end - list.begin);
+    }
+    read(acc, r);
   }
 
   static void flat_term(int16_t* acc, Term& t, uint32_t r, double unit) {
@@ -323,7 +429,7 @@ class Scan {
     k_.maxima(acc, padded, maxima.data());
     std::nth_element(maxima.begin(), maxima.begin() + static_cast<int64_t>(keep) - 1, maxima.end(), std::greater<>());
     const double low = (maxima[keep - 1] - error) * unit;
-    if (low > 0) leaders_.bar = low;
+    if (low > 0) leaders_.bar = bar_ = low;
   }
 
   const Target& target_;
@@ -337,6 +443,8 @@ class Scan {
   std::vector<Term> terms_;
   double norm_ = 0, largest_ = 0, head_ = 0, error_ = 0;
   uint32_t matched_ = 0;
+  double bar_ = 0;      // of the range: known, or hoped for
+  double most_ = 0;     // documents that may be scored to save what is left unread
   double leave_ = 0.5;  // share of the bar that terms left out may add up to; adapts
   std::unique_ptr<Table> table_;
 };

@@ -42,7 +42,7 @@ struct Column {
   uint32_t count;  // documents that hold it
   uint32_t meta;   // first of its ranges + 1 entries, or `flat`
   float largest;   // |value|
-  uint32_t reserved;
+  float mean;      // |value|; 0 in files of before it was kept
 };
 
 struct Meta {
