@@ -11,11 +11,11 @@
 
 namespace gossamer::retrieval {
 
-// A term in a range, as a plan sees it.
+// A term, as a plan sees it.
 struct Share {
   float most;      // no contribution exceeds it
   float mean;      // of its contributions, about
-  float postings;  // that could be left unread
+  float postings;  // 0: cannot be left unread
   float cut = 0;   // the plan: contributions below this are left unread
 };
 
@@ -32,7 +32,7 @@ inline float below(float share) {
   return 1 - above * above * above;
 }
 
-// Sets cuts that add up to `budget` at most, so that many postings lie below them; returns how many, about. Were
+// Sets cuts that add up to `budget` at most, so that many postings lie below them; returns their share, about. Were
 // contributions exponentially distributed, these would be the best cuts: the next posting saved costs each term alike.
 inline float plan_cuts(std::vector<Share>& shares, float budget) {
   constexpr float ln2 = 0.6931f;
@@ -50,12 +50,13 @@ inline float plan_cuts(std::vector<Share>& shares, float budget) {
     for (const Share& s : shares) sum += cut_at(s, level);
     (sum > budget ? low : high) = level;
   }
-  float saved = 0;
+  float saved = 0, all = 0;
   for (Share& s : shares) {
     s.cut = cut_at(s, high);
     if (s.cut > 0) saved += s.postings * below(s.cut / s.most);
+    all += s.postings;
   }
-  return saved;
+  return all > 0 ? saved / all : 0;
 }
 
 }  // namespace gossamer::retrieval

@@ -21,6 +21,7 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 // Measured on a 2.6 GHz core: one posting, one document scored from its row, one document of a range cleared and read
 // back.
 constexpr double posting_ns = 0.5, document_ns = 250, sweep_ns = 0.05;
+constexpr double leader_ns = 100;  // a document scored from its row, which is fetched ahead
 
 struct Hit {
   double low, high;  // bounds of the score
@@ -136,6 +137,7 @@ class Scan {
     scratch_.weights.resize(terms_.size());
     scratch_.scales.resize(terms_.size());
     scratch_.least.resize(terms_.size());
+    scratch_.shares.clear();
     largest_ = 0;
     for (const Term& t : terms_) largest_ = std::max(largest_, most_of(t));
     if (!options_.exact)
@@ -208,8 +210,11 @@ class Scan {
     const uint32_t padded = (s_.docs_in(r) + 31) / 32 * 32;
     const uint32_t found =
         least > 32767 ? 0 : k_.collect(acc, padded, static_cast<int16_t>(least), scratch_.places.data());
-    leave_ = std::clamp(leave_ * (found > most_ / 4 ? 0.85 : found < most_ / 16 ? 1.1 : 1.0), 0.1, 0.9);
-    if (found > most_) return false;
+    size_t unread = 0;
+    for (const List& list : scratch_.lists) unread += static_cast<size_t>(list.end - list.begin);
+    const double most = unread * (posting_ns / leader_ns);
+    leave_ = std::clamp(leave_ * (found > most / 6 ? 0.85 : found < most / 16 ? 1.1 : 1.0), 0.1, 0.9);
+    if (found > most) return false;
     if (found > 0 && table_ == nullptr) table_ = std::make_unique<Table>(s_, query_, scratch_.table);
     const auto doc_at = [&](size_t i) { return std::min(r * range_docs + scratch_.places[i], s_.docs() - 1); };
     const Ahead ahead(s_, found, doc_at);
@@ -225,38 +230,43 @@ class Scan {
     return true;
   }
 
+  struct Whole {
+    size_t first;
+    double rest, saved;
+  };
+
   // Decides what the bar allows to leave unread of the range; returns what a document's share of that adds up to at
   // most, 0 if nothing is to be gained.
   double leave_out(uint32_t r) {
     auto& least = scratch_.least;
     std::fill(least.begin(), least.end(), 0);
     if (!(bar_ > 0)) return 0;
-    const double budget = leave_ * bar_ / options_.trust;
     const double margin = 1 + 1e-6 + 1e-7 * matched_;
-    const Whole whole = lightest(r, budget / margin);
-    const double saved = plan(r, budget / margin);
-    most_ = std::max(saved, whole.saved) * (posting_ns / document_ns);
-    if (most_ < 4) return 0;
-    double rest = 0;
-    if (whole.saved >= saved) {
-      std::fill(least.begin() + static_cast<int64_t>(whole.first), least.end(), nothing);
-      rest = whole.rest;
-    } else {
-      for (size_t i = 0; i < terms_.size(); ++i) {
-        const Share& share = scratch_.shares[i];
-        if (share.postings == 0 || share.cut <= 0) continue;
-        const double part = share.cut / share.most;
-        least[i] = part > 0.999 ? nothing : static_cast<int>(part * impact_one);
-        rest += std::fabs(scratch_.scales[i]) * (least[i] == nothing ? 1.0 : least[i] / double{impact_one});
-      }
-    }
+    const double budget = leave_ * bar_ / options_.trust / margin;
+    const Whole whole = lightest(r, budget);
+    const double saved = plan(budget) * postings_;
+    if (std::max(saved, whole.saved) * posting_ns < 4 * leader_ns) return 0;
+    const double rest = saved > whole.saved ? cut_lists(r) : leave_lists(whole);
     return rest * margin * options_.trust;
   }
 
-  struct Whole {
-    size_t first;
-    double rest, saved;
-  };
+  double leave_lists(const Whole& whole) {
+    std::fill(scratch_.least.begin() + static_cast<int64_t>(whole.first), scratch_.least.end(), nothing);
+    return whole.rest;
+  }
+
+  double cut_lists(uint32_t r) {
+    double rest = 0;
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      const double most = std::fabs(scratch_.scales[i]), cut = scratch_.shares[i].cut;
+      if (!(cut > 0) || most == 0) continue;
+      const bool whole = cut >= most * 0.999;
+      if (!whole && std::signbit(terms_[i].meta[r].scale)) continue;  // a row is read whole
+      scratch_.least[i] = whole ? nothing : static_cast<int>(cut / most * impact_one);
+      rest += whole ? most : most * (scratch_.least[i] / double{impact_one});
+    }
+    return rest;
+  }
 
   // The lightest terms whose contributions stay below the budget: by Cauchy and Schwarz they add up to their norm times
   // the largest document's at most.
@@ -276,26 +286,30 @@ class Scan {
     return out;
   }
 
-  // Plans to leave the smallest impacts of every list unread; returns the postings that saves, about.
-  double plan(uint32_t r, double budget) {
+  // Plans to leave the smallest impacts of every list unread; returns the share of postings that saves, about. A plan
+  // holds for a little more than its budget.
+  double plan(double budget) {
+    if (budget >= planned_ && budget < 1.07 * planned_) return saved_;
     auto& shares = scratch_.shares;
-    shares.clear();
-    for (size_t i = 0; i < terms_.size(); ++i) {
-      const Term& t = terms_[i];
-      const auto most = static_cast<float>(std::fabs(scratch_.scales[i]));
-      const bool known = t.entry->mean > 0 && t.entry->mean <= t.entry->largest;
-      const float mean = std::fabs(t.weight) * (known ? t.entry->mean : t.entry->largest * 0.2f);
-      const bool some = t.meta != nullptr && !std::signbit(t.meta[r].scale) && most < 1e30f && mean > 1e-30f;
-      shares.push_back({most, mean, some ? static_cast<float>(t.meta[r + 1].offset - t.meta[r].offset) : 0.0f});
-    }
-    return plan_cuts(shares, static_cast<float>(budget));
+    if (shares.empty())
+      for (const Term& t : terms_) shares.push_back(share_of(t));
+    planned_ = budget;
+    return saved_ = plan_cuts(shares, static_cast<float>(budget));
+  }
+
+  static Share share_of(const Term& t) {
+    const bool known = t.entry->mean > 0 && t.entry->mean <= t.entry->largest;
+    const float weight = std::fabs(t.weight), most = weight * t.entry->largest;
+    const float mean = known ? weight * t.entry->mean : 0.2f * most;
+    const bool some = t.meta != nullptr && most < 1e30f && mean > 1e-30f;
+    return {most, mean, some ? static_cast<float>(t.entry->count) : 0.0f};
   }
 
   // The approximate search leaves small contributions unread, whatever they add up to.
   double cut_off(double unit) {
     const double cut = options_.cut * largest_ / unit * 32768.0;
     for (size_t i = 0; i < terms_.size(); ++i)
-      scratch_.least[i] = static_cast<int>(std::min(cut / std::abs(scratch_.weights[i]), double{nothing}));
+      scratch_.least[i] = static_cast<int>(std::min(cut / std::max(std::abs(scratch_.weights[i]), 1), double{nothing}));
     return 0;
   }
 
@@ -305,11 +319,13 @@ class Scan {
   double weigh(uint32_t r) {
     double sum = 0;
     uint32_t matched = 0;
+    postings_ = 0;
     for (size_t i = 0; i < terms_.size(); ++i) {
       const Term& t = terms_[i];
       double scale = 0;
       if (t.meta != nullptr) {
         if (t.meta[r].offset != t.meta[r + 1].offset) scale = std::fabs(t.meta[r].scale);
+        postings_ += t.meta[r + 1].offset - t.meta[r].offset;
       } else if (t.next < t.entry->count && word(t.postings, t.next) / range_docs == r) {
         scale = t.entry->largest;
       }
@@ -444,8 +460,9 @@ class Scan {
   double norm_ = 0, largest_ = 0, head_ = 0, error_ = 0;
   uint32_t matched_ = 0;
   double bar_ = 0;      // of the range: known, or hoped for
-  double most_ = 0;     // documents that may be scored to save what is left unread
-  double leave_ = 0.5;  // share of the bar that terms left out may add up to; adapts
+  double postings_ = 0; // of the range
+  double planned_ = -1, saved_ = 0;
+  double leave_ = 0.4;  // share of the bar that terms left out may add up to; adapts
   std::unique_ptr<Table> table_;
 };
 
