@@ -33,15 +33,6 @@ void add_eight(int16_t* acc, const uint32_t* postings, __m256i loaded, __m256i w
 
 __m256i load_eight(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
-// Fewer than eight, and nothing at places that no range reads back: cheaper than a branch for each.
-void add_some(int16_t* acc, const uint32_t* postings, uint32_t count, __m256i w) {
-  const __m256i nowhere = _mm256_setr_epi32(65528, 65529, 65530, 65531, 65532, 65533, 65534, 65535);
-  alignas(32) uint32_t copy[8];
-  const __m256i loaded = _mm256_mask_loadu_epi32(nowhere, static_cast<__mmask8>((1u << count) - 1), postings);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(copy), loaded);
-  add_eight(acc, copy, loaded, w);
-}
-
 template <bool cut>
 uint32_t scatter_until(int16_t* acc, const uint32_t* postings, uint32_t count, __m256i w, int least,
                        const uint32_t*& next, const uint32_t* next_end) {
@@ -59,7 +50,10 @@ uint32_t scatter_until(int16_t* acc, const uint32_t* postings, uint32_t count, _
     add_eight(acc, postings, load_eight(postings), w);
     left -= 8, postings += 8;
   }
-  add_some(acc, postings, left, w);
+  const __m256i some = _mm256_maskz_loadu_epi32(static_cast<__mmask8>((1u << left) - 1), postings);
+  alignas(32) int16_t shares[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(shares), _mm256_mulhrs_epi16(some, w));
+  for (uint32_t j = 0; j < left; ++j) add(acc, static_cast<uint16_t>(postings[j]), shares[2 * j + 1]);
   return count;
 }
 

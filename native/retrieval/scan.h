@@ -102,6 +102,11 @@ struct Scratch {
   std::vector<Share> shares;
   std::vector<double> scales;
   std::vector<List> lists;
+  double failed = 0;  // share of the ranges that had to be looked at again, lately
+  uint32_t tries = 0;
+
+  // Where documents of a kind lie together, the first ranges say little about the rest.
+  bool hopeful() { return failed < 0.1 || ++tries % 32 == 0; }
 
   int16_t* acc() {
     const auto at = reinterpret_cast<uintptr_t>(memory.data());
@@ -160,8 +165,8 @@ class Scan {
   void range(uint32_t r) {
     const uint32_t base = r * range_docs, padded = (s_.docs_in(r) + 31) / 32 * 32;
     const double bound = weigh(r);
-    bar_ = leaders_.hope();
-    if (bar_ > leaders_.bar) leaders_.hopes.push_back({index_, r, bar_});
+    bar_ = leaders_.bar;
+    const double hope = leaders_.hope();
     leaders_.seen += s_.docs_in(r);
     if (bound <= 0 || bound < bar_) return skip(r);
     const double unit = bound / head_;
@@ -173,7 +178,8 @@ class Scan {
     ++ranges;
     int16_t* acc = scratch_.acc();
     std::memset(acc, 0, padded * sizeof(int16_t));
-    const double rest = options_.exact ? leave_out(r) : cut_off(unit);
+    const double rest = options_.exact ? leave_out(r, hope) : cut_off(unit);
+    if (rest > 0 && hope > bar_) leaders_.hopes.push_back({index_, r, bar_ = hope});
     list(r);
     for (Term& t : terms_)
       if (t.meta == nullptr) flat_term(acc, t, r, unit);
@@ -235,14 +241,14 @@ class Scan {
     double rest, saved;
   };
 
-  // Decides what the bar allows to leave unread of the range; returns what a document's share of that adds up to at
+  // Decides what a bar allows to leave unread of the range; returns what a document's share of that adds up to at
   // most, 0 if nothing is to be gained.
-  double leave_out(uint32_t r) {
+  double leave_out(uint32_t r, double bar) {
     auto& least = scratch_.least;
     std::fill(least.begin(), least.end(), 0);
-    if (!(bar_ > 0)) return 0;
+    if (!(bar > 0)) return 0;
     const double margin = 1 + 1e-6 + 1e-7 * matched_;
-    const double budget = leave_ * bar_ / options_.trust / margin;
+    const double budget = leave_ * bar / options_.trust / margin;
     const Whole whole = lightest(r, budget);
     const double saved = plan(budget) * postings_;
     if (std::max(saved, whole.saved) * posting_ns < 4 * leader_ns) return 0;
@@ -405,6 +411,7 @@ class Scan {
         next = terms_[0].postings + terms_[0].meta[r + 1].offset;
         next_end = std::min(next + 256, terms_[0].postings + terms_[0].meta[r + 2].offset);
       }
+      if (i + 2 < lists.size()) prefetch(lists[i + 2].begin, lists[i + 2].end, 128);
       const auto count = static_cast<uint32_t>(list.end - list.begin);
       if (list.dense) {
         k_.dense(acc, reinterpret_cast<const int16_t*>(list.begin), count * 2, list.weight);
@@ -459,8 +466,8 @@ class Scan {
   std::vector<Term> terms_;
   double norm_ = 0, largest_ = 0, head_ = 0, error_ = 0;
   uint32_t matched_ = 0;
-  double bar_ = 0;      // of the range: known, or hoped for
-  double postings_ = 0; // of the range
+  double bar_ = 0;       // of the range: known, or hoped for
+  double postings_ = 0;  // of the range
   double planned_ = -1, saved_ = 0;
   double leave_ = 0.4;  // share of the bar that terms left out may add up to; adapts
   std::unique_ptr<Table> table_;

@@ -145,14 +145,17 @@ bool rows_are_cheaper(const std::vector<Target>& targets, const Query& query) {
   return allowed * document_ns < postings_of(targets, query) * posting_ns + docs * sweep_ns;
 }
 
-// Ranges whose hopes did not come true, with what is known now.
-void look_again(const std::vector<Target>& targets, const Query& query, const Options& options, Leaders& leaders,
-                Work& work) {
+// Those of all `ranges` whose hopes did not come true, with what is known now.
+void look_again(const std::vector<Target>& targets, const Query& query, const Options& options, int64_t ranges,
+                Leaders& leaders, Work& work) {
+  if (leaders.total == 0) return;
   std::vector<Leaders::Hope> hopes = std::move(leaders.hopes);
   leaders.total = 0;
   const double bar = leaders.bar;
   hopes.erase(std::remove_if(hopes.begin(), hopes.end(), [=](const auto& hope) { return hope.bar <= bar; }),
               hopes.end());
+  double& failed = scratch_here().failed;
+  failed += 0.05 * (static_cast<double>(hopes.size()) / static_cast<double>(ranges) - failed);
   for (const auto& hope : hopes) {
     const auto there = [&](const Hit& hit) { return hit.target == hope.target && hit.doc / range_docs == hope.range; };
     leaders.hits.erase(std::remove_if(leaders.hits.begin(), leaders.hits.end(), there), leaders.hits.end());
@@ -176,9 +179,10 @@ Leaders scan_all(const std::vector<Target>& targets, const Query& query, const O
   const int64_t parts = std::min(threads, std::max<int64_t>(total, 1));
   std::vector<Leaders> found(static_cast<size_t>(parts), Leaders(keep));
   std::vector<Work> done(static_cast<size_t>(parts));
+  const bool hopeful = options.exact && options.trust == 1 && scratch_here().hopeful();
   for (Leaders& one : found) {
     one.bar = known;
-    one.total = options.exact && options.trust == 1 ? docs : 0;
+    one.total = hopeful ? docs : 0;
   }
   std::atomic<double> bar{known};
   std::exception_ptr failure;
@@ -216,7 +220,7 @@ Leaders scan_all(const std::vector<Target>& targets, const Query& query, const O
     all.hopes.insert(all.hopes.end(), found[p].hopes.begin(), found[p].hopes.end());
   }
   all.prune();
-  look_again(targets, query, options, all, work);
+  look_again(targets, query, options, total, all, work);
   for (const Work& one : done) {
     work.ranges += one.ranges;
     work.candidates += one.candidates;
