@@ -25,9 +25,9 @@ struct Kernels {
   void (*maxima)(const int16_t* acc, uint32_t docs, int16_t* out);
   // -32768 where the bit of a place is 0; docs is a multiple of 32.
   void (*mask)(int16_t* acc, uint32_t docs, const uint32_t* bits);
-  // out[i] = inner product of the weights, 65,536 of them, with document begin + i of narrow rows (see segment.h).
-  void (*score)(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end,
-                float* out);
+  // out[i] = inner product of the weights, 65,536 of them, with the narrow row (see segment.h) from rows[i] to
+  // rows[i + 1] in data.
+  void (*score)(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out);
 };
 
 extern const Kernels kernels_scalar;

@@ -71,8 +71,8 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
   }
 }
 
-void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
-  for (uint32_t doc = begin; doc < end; ++doc) {
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out) {
+  for (uint32_t doc = 0; doc < docs; ++doc) {
     const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
     const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);
     const auto* values = reinterpret_cast<const float*>(data + rows[doc + 1] - length);
@@ -87,7 +87,7 @@ void score(const float* weights, const uint32_t* rows, const uint32_t* data, uin
     float sum = 0;
     for (float lane : lanes) sum += lane;
     for (; i < length; ++i) sum += weights[columns[i]] * values[i];
-    out[doc - begin] = sum;
+    out[doc] = sum;
   }
 }
 

@@ -106,8 +106,8 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
   for (uint32_t i = 0; i < docs; i += 32) _mm512_mask_storeu_epi16(acc + i, ~bits[i / 32], out);
 }
 
-void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
-  for (uint32_t doc = begin; doc < end; ++doc) {
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out) {
+  for (uint32_t doc = 0; doc < docs; ++doc) {
     const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
     const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);
     const uint32_t* values = data + rows[doc + 1] - length;
@@ -119,7 +119,7 @@ void score(const float* weights, const uint32_t* rows, const uint32_t* data, uin
       const __m512 weight = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, weights, 4);
       sum = _mm512_fmadd_ps(weight, _mm512_maskz_loadu_ps(some, values + i), sum);
     }
-    out[doc - begin] = _mm512_reduce_add_ps(sum);
+    out[doc] = _mm512_reduce_add_ps(sum);
   }
 }
 

@@ -41,14 +41,14 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
     if ((bits[i / 32] >> (i % 32) & 1) == 0) acc[i] = -32768;
 }
 
-void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
-  for (uint32_t doc = begin; doc < end; ++doc) {
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out) {
+  for (uint32_t doc = 0; doc < docs; ++doc) {
     const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
     const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);
     const auto* values = reinterpret_cast<const float*>(data + rows[doc + 1] - length);
     float sum = 0;
     for (uint32_t i = 0; i < length; ++i) sum += weights[columns[i]] * values[i];
-    out[doc - begin] = sum;
+    out[doc] = sum;
   }
 }
 

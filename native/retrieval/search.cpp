@@ -105,17 +105,13 @@ std::vector<Best> score_hits(const std::vector<Target>& targets, const Query& qu
       for (; i < end; ++i) best.push_back({static_cast<float>((hits[i].low + hits[i].high) / 2), s.id(hits[i].doc)});
       continue;
     }
-    constexpr size_t far = 32, near = 12;
-    const auto fetch = [&](size_t j) {
-      if (j < end) prefetch(s.data + s.rows[hits[j].doc], s.data + s.rows[hits[j].doc + 1], 4096);
-    };
-    for (size_t j = i; j < std::min(end, i + far); ++j) __builtin_prefetch(s.rows + hits[j].doc);
+    const size_t first = i;
+    const auto doc_at = [&](size_t j) { return hits[first + j].doc; };
     const Table table(s, query, scratch.table);
-    for (size_t j = i; j < i + near; ++j) fetch(j);
-    work.candidates += static_cast<int64_t>(end - i);
+    const Ahead ahead(s, end - first, doc_at);
+    work.candidates += static_cast<int64_t>(end - first);
     for (; i < end; ++i) {
-      if (i + far < end) __builtin_prefetch(s.rows + hits[i + far].doc);
-      fetch(i + near);
+      ahead.fetch(i - first, doc_at);
       best.push_back({table.score(s, hits[i].doc), s.id(hits[i].doc)});
     }
   }

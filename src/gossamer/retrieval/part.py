@@ -77,17 +77,14 @@ class Part:
         """int64 [documents], deleted ones included."""
         if self._running:
             return np.arange(self.native.first_id, self.native.first_id + len(self))
-        if self.native.offsets:
-            start = self.native.offsets - self.block.ctypes.data
-            return self.block[start : start + 4 * len(self)].view(np.uint32).astype(np.int64) + self.native.first_id
-        # The array must keep the block alive, which a bare address does not.
-        start = self.native.ids - self.block.ctypes.data
-        return self.block[start : start + 8 * len(self)].view(np.int64)
+        ids = np.empty(len(self), np.int64)
+        self.native.copy_ids(ids.ctypes.data)
+        return ids
 
     @property
     def _running(self) -> bool:
         """Ids count up from the first and are not stored."""
-        return not (self.native.ids or self.native.offsets)
+        return self.native.running_ids
 
     @cached_property
     def _order(self) -> np.ndarray:
