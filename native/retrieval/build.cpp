@@ -169,8 +169,8 @@ void Builder::lay_out() {
   if (header_.flags & has_values) {
     if (rows_are_short()) header_.flags |= short_rows;
     const uint64_t ends = uint64_t{header_.docs} + 1;
-    place(header_.rows_at, header_.flags & short_rows ? steps_at(header_.docs) + ends * sizeof(uint16_t)
-                                                      : ends * sizeof(uint32_t));
+    place(header_.rows_at,
+          header_.flags & short_rows ? steps_at(header_.docs) + ends * sizeof(uint16_t) : ends * sizeof(uint32_t));
     place(header_.data_at, header_.words * sizeof(uint32_t));
   }
   if (header_.flags & explicit_ids) place(header_.ids_at, header_.docs * sizeof(int64_t));

@@ -23,8 +23,8 @@ void add_four(int16_t* acc, const uint32_t* postings, __m128i shares) {
 }
 
 // Impacts are the odd 16-bit lanes: the even ones are multiplied by zero. Places are unique within a list, but the adds
-// stay scalar: they beat gather and scatter instructions, and shares taken out of 256-bit registers beat those read back
-// from memory.
+// stay scalar: they beat gather and scatter instructions, and shares taken out of 256-bit registers beat those read
+// back from memory.
 void add_eight(int16_t* acc, const uint32_t* postings, __m256i loaded, __m256i w) {
   const __m256i shares = _mm256_mulhrs_epi16(loaded, w);
   add_four(acc, postings, _mm256_castsi256_si128(shares));

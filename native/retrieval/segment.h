@@ -27,7 +27,7 @@ constexpr uint32_t flat = 0xffffffffu;
 constexpr uint32_t segment_version = 3;  // 3: short rows, packed ids
 constexpr char segment_magic[8] = {'G', 'O', 'S', 'S', 'E', 'G', '0', '1'};
 
-constexpr uint32_t row_block = 64;     // documents whose rows are counted from the first one's
+constexpr uint32_t row_block = 64;  // documents whose rows are counted from the first one's
 enum Flag : uint32_t {
   has_values = 1,
   wide_columns = 2,
@@ -68,9 +68,9 @@ struct Segment {
   const Meta* meta = nullptr;
   const float* norms = nullptr;  // largest |document| of each range, rounded up
   const uint32_t* postings = nullptr;
-  const uint32_t* rows = nullptr;  // docs + 1 in words of data, or every 64th
+  const uint32_t* rows = nullptr;   // docs + 1 in words of data, or every 64th
   const uint16_t* steps = nullptr;  // docs + 1 from there, where rows are short
-  const uint32_t* data = nullptr;  // a document's columns, then its float32 values
+  const uint32_t* data = nullptr;   // a document's columns, then its float32 values
   const int64_t* ids = nullptr;
   const uint32_t* offsets = nullptr;  // of ids from the first, where they are short
   const uint16_t* low_ids = nullptr;  // where they are packed
@@ -86,7 +86,9 @@ struct Segment {
   }
   bool running_ids() const { return ids == nullptr && offsets == nullptr && low_ids == nullptr; }
   uint32_t row(uint32_t doc) const { return steps != nullptr ? rows[doc / row_block] + steps[doc] : rows[doc]; }
-  const float* values(uint32_t doc) const { return reinterpret_cast<const float*>(data + row(doc + 1)) - row_length(doc); }
+  const float* values(uint32_t doc) const {
+    return reinterpret_cast<const float*>(data + row(doc + 1)) - row_length(doc);
+  }
   void prefetch_row(uint32_t doc) const {
     if (steps == nullptr) return __builtin_prefetch(rows + doc);
     __builtin_prefetch(rows + doc / row_block);
