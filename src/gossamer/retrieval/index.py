@@ -17,7 +17,7 @@ import numpy as np
 from . import persistence
 from .merging import MOST_ROWS, join_all, join_small, without
 from .native import require
-from .part import Part, concatenated
+from .part import Part, concatenated, statistics
 from .persistence import Origin, Stored
 from .rows import Rows, Tidy, as_filter, as_ids, as_rows
 from .tuning import MARGIN, Setting, calibrate, pick
@@ -231,29 +231,8 @@ class SparseIndex:
 
     def stats(self) -> dict[str, Any]:
         """Sizes, and how evenly the columns are used: `evenness` is R_sub of the paper, 1 where all are alike."""
-        counts = np.zeros(self.dim, np.int64)
-        for part in self._parts:
-            part.native.document_counts(counts.ctypes.data)
-        docs, nnz = sum(len(p) for p in self._parts), sum(p.native.nnz for p in self._parts)
-        stored = sum(p.nbytes for p in self._parts)
-        flops = float(((counts / max(docs, 1)) ** 2).sum())
-        mean = nnz / max(docs, 1)
-        return {
-            "documents": len(self),
-            "deleted": docs - len(self),
-            "dim": self.dim,
-            "columns_used": int((counts > 0).sum()),
-            "nnz_per_document": mean,
-            "flops": flops,
-            "evenness": flops * self.dim / mean**2 if nnz else 1.0,
-            "largest_column": float(counts.max() / max(docs, 1)),
-            "bytes": stored,
-            "bytes_per_nonzero": stored / max(nnz, 1),
-            "parts": len(self._parts),
-            "groups": self.groups,
-            "exact": self.values,
-            "calibrated_for_k": sorted(self._settings),
-        }
+        known = {"groups": self.groups, "exact": self.values, "calibrated_for_k": sorted(self._settings)}
+        return statistics(self._parts, self.dim) | known
 
     def rows(self, ids: Any = None) -> tuple[Rows, np.ndarray]:
         """(documents, their ids), in the order stored; all of them without ids."""

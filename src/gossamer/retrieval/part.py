@@ -157,3 +157,27 @@ def address(array: np.ndarray | None) -> int:
 
 def concatenated(ids: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *ids])
+
+
+def statistics(parts: Sequence[Part], dim: int) -> dict[str, Any]:
+    """What `SparseIndex.stats` says of the documents, with deleted ones that still lie there."""
+    counts = np.zeros(dim, np.int64)
+    for part in parts:
+        part.native.document_counts(counts.ctypes.data)
+    docs, nnz = sum(len(p) for p in parts), sum(p.native.nnz for p in parts)
+    living, stored = sum(p.living for p in parts), sum(p.nbytes for p in parts)
+    flops = float(((counts / max(docs, 1)) ** 2).sum())
+    mean = nnz / max(docs, 1)
+    return {
+        "documents": living,
+        "deleted": docs - living,
+        "dim": dim,
+        "columns_used": int((counts > 0).sum()),
+        "nnz_per_document": mean,
+        "flops": flops,
+        "evenness": flops * dim / mean**2 if nnz else 1.0,
+        "largest_column": float(counts.max() / max(docs, 1)),
+        "bytes": stored,
+        "bytes_per_nonzero": stored / max(nnz, 1),
+        "parts": len(parts),
+    }
