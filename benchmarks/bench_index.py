@@ -58,6 +58,7 @@ SEISMIC = {
 }
 SEISMIC_UNIFORM = [(4000, 0.1, 0.4), (12000, 0.05, 0.4)]
 SEISMIC_CODES = [(1000, 0.1, 0.4), (2000, 0.1, 0.4), (4000, 0.1, 0.5)]
+CALIBRATION = 300  # queries at least: with fewer than 200 no approximate search is sure of a recall of 0.99
 CUTS, FACTORS = (4, 6, 8, 12, 16, 24, 1000), (0.7, 0.8, 0.9, 1.0, 1.1)
 
 
@@ -132,7 +133,9 @@ class Job:
         self.name, self.docs, self.folder = name, docs, folder
         n = min(n, queries.shape[0] // 2)
         # Every other one: the first of the real codes are of another kind than the last.
-        self.queries, self.others = queries[: 2 * n : 2].astype(np.float32), queries[1 : 2 * n : 2].astype(np.float32)
+        timed = np.isin(np.arange(queries.shape[0]), np.arange(0, 2 * n, 2))
+        self.queries = queries[timed].astype(np.float32)
+        self.others = queries[~timed][: max(n, CALIBRATION)].astype(np.float32)
         folder.mkdir(parents=True, exist_ok=True)
 
     @cache  # noqa: B019 (a job lives as long as the run)
