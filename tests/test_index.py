@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,55 @@ def test_light_terms_are_left_out(isa: str, signed: bool) -> None:
     native = [a.ctypes.data for a in out]
     scored, ranges, complete = require().search(targets, 8, *rows.pointers(), 9, True, 1.0, 0, 0.0, 0, 1, *native)
     assert scored > 8 * 9 and ranges == 8 * 3 and complete == 0
+
+
+def search_natively(docs: sp.csr_matrix, queries: sp.csr_matrix, k: int) -> tuple[int, int, int]:
+    """Documents scored, ranges read, queries scored completely, by a thread that has searched nothing before."""
+    index = SparseIndex.build(docs)
+    targets = [p.target(None) for p in index._parts]
+    n, rows = queries.shape[0], as_rows(queries).tidy()
+    out = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+    native = [a.ctypes.data for a in out]
+    with ThreadPoolExecutor(1) as pool:
+        search = require().search
+        work = pool.submit(search, targets, n, *rows.pointers(), k, True, 1.0, 0, 0.0, 0, 1, *native).result()
+    same(Hits(*out), brute(docs, queries, k))
+    return work
+
+
+def long_tailed(n: int, seed: int, signed: bool) -> sp.csr_matrix:
+    """Frequent columns and rare ones, a few large values among many small ones."""
+    rng = np.random.default_rng(seed)
+    columns = (150 * rng.random((n, 25)) ** 2).astype(np.int32)
+    values = rng.lognormal(0, 1.2, columns.shape).astype(np.float32)
+    values *= np.where(rng.random(columns.shape) < 0.3, -1, 1) if signed else 1
+    x = sp.csr_matrix((values.ravel(), columns.ravel(), np.arange(n + 1) * 25), shape=(n, 150))
+    x.sum_duplicates()
+    return x
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("order", ["any", "best first", "best last"])
+def test_small_impacts_are_left_unread(isa: str, signed: bool, order: str) -> None:
+    """Documents are scored that what was left unread could lift; the best may lie anywhere."""
+    docs, queries = long_tailed(3 * RANGE + 900, 1, signed), long_tailed(1, 2, signed)
+    if order != "any":
+        by = np.argsort((docs @ queries.T).toarray()[:, 0])
+        docs = docs[by if order == "best last" else by[::-1]]
+    assert search_natively(docs, queries, 10)[2] == 0
+    scored, _, complete = search_natively(docs, long_tailed(6, 3, signed), 10)
+    assert complete == 0 and (scored > 6 * 10 or order != "any")
+
+
+def test_hopes_that_fail_are_made_good(isa: str) -> None:
+    """The best documents lie in the first range, but the tenth is far below the first few."""
+    docs = long_tailed(4 * RANGE, 1, False)
+    query = docs[7]
+    scores = (docs @ query.T).toarray()[:, 0]
+    best = np.argsort(-scores)[:40]
+    order = np.concatenate([best[:9], np.setdiff1d(np.arange(docs.shape[0]), best[:9])])
+    _, ranges, complete = search_natively(docs[order], query, 10)
+    assert ranges > 4 and complete == 0
 
 
 def test_values_of_any_size() -> None:

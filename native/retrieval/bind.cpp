@@ -98,11 +98,13 @@ NB_MODULE(_retrieval, m) {
       .def_prop_ro("ranges", [](const Segment& s) { return s.header->ranges; })
       .def_prop_ro("exact", &Segment::exact)
       .def_prop_ro("first_id", [](const Segment& s) { return s.header->first_id; })
-      .def_prop_ro(
-          "ids", [](const Segment& s) { return reinterpret_cast<uintptr_t>(s.ids); }, "Address, or 0.")
-      .def_prop_ro(
-          "offsets", [](const Segment& s) { return reinterpret_cast<uintptr_t>(s.offsets); },
-          "Address of uint32 offsets from first_id, or 0.")
+      .def_prop_ro("running_ids", &Segment::running_ids, "Ids count up from the first.")
+      .def(
+          "copy_ids",
+          [](const Segment& s, uintptr_t ids) {
+            for (uint32_t doc = 0; doc < s.docs(); ++doc) at<int64_t>(ids)[doc] = s.id(doc);
+          },
+          "ids"_a, nogil, "Fills int64 [docs].")
       .def(
           "document_counts",
           [](const Segment& s, uintptr_t counts) {

@@ -39,9 +39,9 @@ Builder::Builder(Rows rows, uint32_t dim, bool keep_values, const int64_t* ids, 
   header_.first_id = first_id;
   if (ids != nullptr && rows.docs > 0) {
     const auto [least, most] = std::minmax_element(ids, ids + rows.docs);
-    const bool small = static_cast<uint64_t>(*most) - static_cast<uint64_t>(*least) <= 0xffffffffu;
-    header_.flags |= small ? short_ids : explicit_ids;
-    header_.first_id = small ? *least : 0;
+    const uint64_t span = static_cast<uint64_t>(*most) - static_cast<uint64_t>(*least);
+    header_.flags |= span < 1u << 20 ? packed_ids : span <= 0xffffffffu ? short_ids : explicit_ids;
+    header_.first_id = span <= 0xffffffffu ? *least : 0;
   }
   header_.nnz = static_cast<uint64_t>(nnz);
   header_.docs = static_cast<uint32_t>(rows.docs);
@@ -84,14 +84,16 @@ uint32_t Builder::number(uint32_t dim) const {
 
 void Builder::measure() {
   const uint32_t ranges = header_.ranges;
-  table_.assign(header_.columns, Column{0, 0, 0, 0.0f, 0});
+  table_.assign(header_.columns, Column{0, 0, 0, 0.0f, 0.0f});
   for (int64_t i = rows_.starts[0]; i < rows_.starts[rows_.docs]; ++i) {
     Column& column = table_[number(rows_.columns[i])];
     ++column.count;
     column.largest = std::max(column.largest, std::fabs(rows_.values[i]));
+    column.mean += std::fabs(rows_.values[i]);
   }
   uint64_t metas = 0;
   for (Column& column : table_) {
+    column.mean /= static_cast<float>(std::max(column.count, 1u));
     column.meta = column.count < flat_share * ranges ? flat : static_cast<uint32_t>(metas);
     if (column.meta != flat) metas += ranges + 1;
   }
@@ -165,11 +167,15 @@ void Builder::lay_out() {
   place(header_.norms_at, ranges * sizeof(float));
   place(header_.postings_at, header_.postings * sizeof(uint32_t));
   if (header_.flags & has_values) {
-    place(header_.rows_at, (uint64_t{header_.docs} + 1) * sizeof(uint32_t));
+    if (rows_are_short()) header_.flags |= short_rows;
+    const uint64_t ends = uint64_t{header_.docs} + 1;
+    place(header_.rows_at,
+          header_.flags & short_rows ? steps_at(header_.docs) + ends * sizeof(uint16_t) : ends * sizeof(uint32_t));
     place(header_.data_at, header_.words * sizeof(uint32_t));
   }
   if (header_.flags & explicit_ids) place(header_.ids_at, header_.docs * sizeof(int64_t));
   if (header_.flags & short_ids) place(header_.ids_at, header_.docs * sizeof(uint32_t));
+  if (header_.flags & packed_ids) place(header_.ids_at, nibbles_at(header_.docs) + (uint64_t{header_.docs} + 1) / 2);
   header_.bytes = at;
 }
 
@@ -189,16 +195,19 @@ void Builder::write(char* block) const {
     for (uint32_t i = 0; i < header_.docs; ++i) offsets[i] = static_cast<uint32_t>(ids_[i] - header_.first_id);
     put(header_.ids_at, offsets.data(), offsets.size() * sizeof(uint32_t));
   }
+  if (header_.flags & packed_ids) write_packed_ids(block + header_.ids_at);
   auto* postings = reinterpret_cast<uint32_t*>(block + header_.postings_at);
   put(header_.postings_at + header_.postings * sizeof(uint32_t), nullptr, 0);
   write_postings(postings);
   write_flat(postings);
   sort_postings(postings);
   if (header_.flags & has_values) {
-    auto* starts = reinterpret_cast<uint32_t*>(block + header_.rows_at);
-    auto* data = reinterpret_cast<uint32_t*>(block + header_.data_at);
-    write_rows(starts, data);
-    put(header_.rows_at + (uint64_t{header_.docs} + 1) * sizeof(uint32_t), nullptr, 0);
+    const std::vector<uint32_t> starts = row_starts();
+    write_rows(starts.data(), reinterpret_cast<uint32_t*>(block + header_.data_at));
+    if (header_.flags & short_rows)
+      write_short_rows(starts, block + header_.rows_at);
+    else
+      put(header_.rows_at, starts.data(), starts.size() * sizeof(uint32_t));
     put(header_.data_at + header_.words * sizeof(uint32_t), nullptr, 0);
   }
 }
@@ -265,14 +274,48 @@ void Builder::sort_postings(uint32_t* postings) const {
   });
 }
 
-void Builder::write_rows(uint32_t* starts, uint32_t* data) const {
-  const bool wide = header_.flags & wide_columns;
-  uint64_t at = 0;
+std::vector<uint32_t> Builder::row_starts() const {
+  std::vector<uint32_t> starts{0};
+  starts.reserve(static_cast<size_t>(rows_.docs) + 1);
   for (int64_t doc = 0; doc < rows_.docs; ++doc) {
-    starts[doc] = static_cast<uint32_t>(at);
-    at += row_words(static_cast<uint64_t>(rows_.starts[doc + 1] - rows_.starts[doc]), wide);
+    const auto length = static_cast<uint64_t>(rows_.starts[doc + 1] - rows_.starts[doc]);
+    starts.push_back(starts.back() + static_cast<uint32_t>(row_words(length, header_.flags & wide_columns)));
   }
-  starts[rows_.docs] = static_cast<uint32_t>(at);
+  return starts;
+}
+
+bool Builder::rows_are_short() const {
+  const std::vector<uint32_t> starts = row_starts();
+  for (size_t i = 0; i < starts.size(); ++i)
+    if (starts[i] - starts[i / row_block * row_block] > 0xffff) return false;
+  return true;
+}
+
+void Builder::write_short_rows(const std::vector<uint32_t>& starts, char* out) const {
+  const uint64_t first = steps_at(header_.docs), bytes = first + starts.size() * sizeof(uint16_t);
+  std::memset(out, 0, aligned(bytes));
+  auto* rows = reinterpret_cast<uint32_t*>(out);
+  auto* steps = reinterpret_cast<uint16_t*>(out + first);
+  for (size_t i = 0; i < starts.size(); ++i) {
+    rows[i / row_block] = starts[i / row_block * row_block];
+    steps[i] = static_cast<uint16_t>(starts[i] - rows[i / row_block]);
+  }
+}
+
+void Builder::write_packed_ids(char* out) const {
+  const uint64_t first = nibbles_at(header_.docs), bytes = first + (uint64_t{header_.docs} + 1) / 2;
+  std::memset(out, 0, aligned(bytes));
+  auto* low = reinterpret_cast<uint16_t*>(out);
+  auto* high = reinterpret_cast<uint8_t*>(out + first);
+  for (uint32_t i = 0; i < header_.docs; ++i) {
+    const auto offset = static_cast<uint32_t>(ids_[i] - header_.first_id);
+    low[i] = static_cast<uint16_t>(offset);
+    high[i / 2] = static_cast<uint8_t>(high[i / 2] | (offset >> 16) << (i % 2 * 4));
+  }
+}
+
+void Builder::write_rows(const uint32_t* starts, uint32_t* data) const {
+  const bool wide = header_.flags & wide_columns;
   const int64_t bytes = static_cast<int64_t>(header_.nnz) * bytes_per_nonzero;
   parallel_rows(rows_.docs, bytes, threads_, [&](int64_t begin, int64_t end) {
     for (int64_t doc = begin; doc < end; ++doc) {
@@ -389,14 +432,14 @@ void extract_rows(const Segment& s, const uint32_t* keep, const int64_t* starts,
   if (s.exact()) {
     for (uint32_t doc = 0; doc < s.docs(); ++doc) {
       if (!kept(keep, doc)) continue;
-      const uint32_t* row = s.data + s.rows[doc];
+      const uint32_t* row = s.data + s.row(doc);
       const uint32_t length = s.row_length(doc);
       const int64_t first = *starts++;
       for (uint32_t i = 0; i < length; ++i) {
         const uint32_t n = s.wide() ? row[i] : reinterpret_cast<const uint16_t*>(row)[i];
         columns[first + i] = n < s.header->columns ? s.columns[n] : 0;
       }
-      if (length > 0) std::memcpy(values + first, s.data + s.rows[doc + 1] - length, length * sizeof(float));
+      if (length > 0) std::memcpy(values + first, s.values(doc), length * sizeof(float));
     }
     return;
   }

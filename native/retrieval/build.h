@@ -32,7 +32,11 @@ class Builder {
   void write_postings(uint32_t* postings) const;
   void write_flat(uint32_t* postings) const;
   void sort_postings(uint32_t* postings) const;
-  void write_rows(uint32_t* starts, uint32_t* data) const;
+  std::vector<uint32_t> row_starts() const;
+  bool rows_are_short() const;
+  void write_short_rows(const std::vector<uint32_t>& starts, char* out) const;
+  void write_packed_ids(char* out) const;
+  void write_rows(const uint32_t* starts, uint32_t* data) const;
 
   Rows rows_;
   const int64_t* ids_;

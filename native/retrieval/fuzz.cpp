@@ -132,7 +132,8 @@ int main(int argc, char** argv) {
     const Owned docs = random_rows(random, shape.docs, shape.dim, shape.density, random() % 2);
     const Owned queries = random_rows(random, 3, shape.dim, 0.4, false);
     std::vector<int64_t> ids(static_cast<size_t>(shape.docs));
-    for (int64_t& id : ids) id = static_cast<int64_t>(random());
+    const uint32_t span = random() % 2 ? 1u << 20 : 0xffffffffu;  // packed, or short
+    for (int64_t& id : ids) id = static_cast<int64_t>(random() % span);
     const Grouping found = group(docs.rows(), shape.dim, 8, 2);
     Owned sorted = docs;
     permute(docs.rows(), found.order.data(), sorted.starts.data(), sorted.columns.data(), sorted.values.data(), 2);

@@ -12,10 +12,11 @@ constexpr int accumulators = 65536;
 constexpr int groups = 512;
 
 struct Kernels {
-  // acc[place] += round(impact * weight / 2^15) for each posting, until |impact| of a group of 16 starts below `least`.
-  // Meanwhile `next`, up to next_end, is fetched: a line a group, as many at once would stall the loads.
-  void (*scatter)(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
-                  const uint32_t* next, const uint32_t* next_end);
+  // acc[place] += round(impact * weight / 2^15) for each posting, until |impact| of a group of 16 starts below `least`;
+  // returns how many were read. Meanwhile `next`, up to next_end, is fetched: a line a group, as many at once would
+  // stall the loads.
+  uint32_t (*scatter)(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                      const uint32_t* next, const uint32_t* next_end);
   // The same of a row of impacts; docs is a multiple of 32.
   void (*dense)(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight);
   // Places with acc >= least, in ascending order; docs is a multiple of 32 (padding holds -32768).
@@ -24,9 +25,9 @@ struct Kernels {
   void (*maxima)(const int16_t* acc, uint32_t docs, int16_t* out);
   // -32768 where the bit of a place is 0; docs is a multiple of 32.
   void (*mask)(int16_t* acc, uint32_t docs, const uint32_t* bits);
-  // out[i] = inner product of the weights, 65,536 of them, with document begin + i of narrow rows (see segment.h).
-  void (*score)(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end,
-                float* out);
+  // out[i] = inner product of the weights, 65,536 of them, with the narrow row (see segment.h) from rows[i] to
+  // rows[i + 1] in data.
+  void (*score)(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out);
 };
 
 extern const Kernels kernels_scalar;

@@ -13,13 +13,13 @@ void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x
 
 int16_t share(int16_t impact, int16_t weight) { return static_cast<int16_t>((impact * weight + (1 << 14)) >> 15); }
 
-void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least, const uint32_t* next,
-             const uint32_t* next_end) {
+uint32_t scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                 const uint32_t* next, const uint32_t* next_end) {
   for (; next < next_end; next += 16) __builtin_prefetch(next);
   const __m256i w = _mm256_set1_epi32(static_cast<int>(static_cast<uint32_t>(static_cast<uint16_t>(weight)) << 16));
   uint32_t i = 0;
   for (; i + 8 <= count; i += 8) {
-    if (i % 16 == 0 && std::abs(static_cast<int>(postings[i]) >> 16) < least) return;
+    if (i % 16 == 0 && std::abs(static_cast<int>(postings[i]) >> 16) < least) return i;
     alignas(32) int16_t tile[16];
     store(tile, _mm256_mulhrs_epi16(load(postings + i), w));
     const uint16_t* places = reinterpret_cast<const uint16_t*>(postings + i);
@@ -28,10 +28,11 @@ void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t wei
   }
   for (; i < count; ++i) {
     const int16_t impact = static_cast<int16_t>(postings[i] >> 16);
-    if (i % 16 == 0 && std::abs(int{impact}) < least) return;
+    if (i % 16 == 0 && std::abs(int{impact}) < least) return i;
     int16_t& sum = acc[postings[i] & 0xffff];
     sum = static_cast<int16_t>(sum + share(impact, weight));
   }
+  return count;
 }
 
 void dense(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight) {
@@ -70,8 +71,8 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
   }
 }
 
-void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
-  for (uint32_t doc = begin; doc < end; ++doc) {
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out) {
+  for (uint32_t doc = 0; doc < docs; ++doc) {
     const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
     const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);
     const auto* values = reinterpret_cast<const float*>(data + rows[doc + 1] - length);
@@ -86,7 +87,7 @@ void score(const float* weights, const uint32_t* rows, const uint32_t* data, uin
     float sum = 0;
     for (float lane : lanes) sum += lane;
     for (; i < length; ++i) sum += weights[columns[i]] * values[i];
-    out[doc - begin] = sum;
+    out[doc] = sum;
   }
 }
 

@@ -8,15 +8,16 @@ namespace {
 
 int16_t share(int16_t impact, int16_t weight) { return static_cast<int16_t>((impact * weight + (1 << 14)) >> 15); }
 
-void scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least, const uint32_t* next,
-             const uint32_t* next_end) {
+uint32_t scatter(int16_t* acc, const uint32_t* postings, uint32_t count, int16_t weight, int least,
+                 const uint32_t* next, const uint32_t* next_end) {
   for (; next < next_end; next += 16) __builtin_prefetch(next);
   for (uint32_t i = 0; i < count; ++i) {
     const int16_t impact = static_cast<int16_t>(postings[i] >> 16);
-    if (i % 16 == 0 && std::abs(int{impact}) < least) return;
+    if (i % 16 == 0 && std::abs(int{impact}) < least) return i;
     int16_t& sum = acc[postings[i] & 0xffff];
     sum = static_cast<int16_t>(sum + share(impact, weight));
   }
+  return count;
 }
 
 void dense(int16_t* acc, const int16_t* row, uint32_t docs, int16_t weight) {
@@ -40,14 +41,14 @@ void mask(int16_t* acc, uint32_t docs, const uint32_t* bits) {
     if ((bits[i / 32] >> (i % 32) & 1) == 0) acc[i] = -32768;
 }
 
-void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t begin, uint32_t end, float* out) {
-  for (uint32_t doc = begin; doc < end; ++doc) {
+void score(const float* weights, const uint32_t* rows, const uint32_t* data, uint32_t docs, float* out) {
+  for (uint32_t doc = 0; doc < docs; ++doc) {
     const uint32_t length = (rows[doc + 1] - rows[doc]) * 2 / 3;
     const auto* columns = reinterpret_cast<const uint16_t*>(data + rows[doc]);
     const auto* values = reinterpret_cast<const float*>(data + rows[doc + 1] - length);
     float sum = 0;
     for (uint32_t i = 0; i < length; ++i) sum += weights[columns[i]] * values[i];
-    out[doc - begin] = sum;
+    out[doc] = sum;
   }
 }
 

@@ -56,16 +56,15 @@ class Visit {
   static void fetch(const Target& target, uint32_t group) {
     const Segment& s = target.segment;
     const uint32_t first = target.starts[group], last = target.starts[group + 1];
-    prefetch(s.rows + first, s.rows + last + 1, 256);
-    prefetch(s.data + s.rows[first], s.data + s.rows[last], 1024);  // the core goes on by itself
+    for (uint32_t doc = first; doc <= last; doc += 16) s.prefetch_row(doc);
+    prefetch(s.data + s.row(first), s.data + s.row(last), 1024);  // the core goes on by itself
   }
 
   void visit(const Target& target, uint32_t index, const Table& table, uint32_t group) {
-    constexpr uint32_t at_once = 64;
-    float scores[at_once];
+    float scores[scores_at_once];
     const uint32_t last = target.starts[group + 1];
-    for (uint32_t first = target.starts[group]; first < last; first += at_once) {
-      const uint32_t end = std::min(last, first + at_once);
+    for (uint32_t first = target.starts[group]; first < last; first += scores_at_once) {
+      const uint32_t end = std::min(last, first + scores_at_once);
       table.score(target.segment, first, end, scores);
       for (uint32_t doc = first; doc < end; ++doc)
         if (scores[doc - first] > bar_ && target.allows(doc))

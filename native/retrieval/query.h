@@ -47,6 +47,28 @@ inline __attribute__((always_inline)) void prefetch(const void* from, const void
   for (; p < end; p += 64) __builtin_prefetch(p, 0, 3);
 }
 
+// Fetches rows of documents before they are scored one after the other.
+class Ahead {
+ public:
+  template <class DocAt>
+  Ahead(const Segment& s, size_t docs, const DocAt& doc_at) : s_(s), docs_(docs) {
+    for (size_t i = 0; i < std::min(docs, far); ++i) s.prefetch_row(doc_at(i));
+    for (size_t i = 0; i < std::min(docs, near); ++i) row(doc_at(i));
+  }
+  // Before document i is scored.
+  template <class DocAt>
+  void fetch(size_t i, const DocAt& doc_at) const {
+    if (i + far < docs_) s_.prefetch_row(doc_at(i + far));
+    if (i + near < docs_) row(doc_at(i + near));
+  }
+
+ private:
+  static constexpr size_t far = 32, near = 12;
+  void row(uint32_t doc) const { prefetch(s_.data + s_.row(doc), s_.data + s_.row(doc + 1), 4096); }
+  const Segment& s_;
+  const size_t docs_;
+};
+
 // The first pair of a flat column that lies in a range or after it.
 inline uint32_t flat_start(const uint32_t* pairs, uint32_t count, uint32_t range) {
   uint32_t low = 0, high = count;
@@ -90,6 +112,8 @@ inline std::vector<Term> terms_of(const Segment& s, const Query& query, uint32_t
   return terms;
 }
 
+constexpr uint32_t scores_at_once = 64;
+
 // The weights of a query by column, for as long as this lives.
 class Table {
  public:
@@ -110,9 +134,9 @@ class Table {
   Table& operator=(const Table&) = delete;
 
   float score(const Segment& s, uint32_t doc) const {
-    const uint32_t* row = s.data + s.rows[doc];
+    const uint32_t* row = s.data + s.row(doc);
     const uint32_t length = s.row_length(doc);
-    const float* values = reinterpret_cast<const float*>(s.data + s.rows[doc + 1] - length);
+    const float* values = s.values(doc);
     if (s.wide()) {
       const uint32_t columns = s.header->columns;
       return sum(length, values, [=](uint32_t i) { return std::min(row[i], columns); });
@@ -121,9 +145,13 @@ class Table {
     return sum(length, values, [=](uint32_t i) { return narrow[i]; });
   }
 
-  // The same of documents begin to end, added up in any order.
+  // The same of documents begin to end, `scores_at_once` at most, added up in any order.
   void score(const Segment& s, uint32_t begin, uint32_t end, float* scores) const {
-    if (!s.wide()) return kernels().score(table_.data(), s.rows, s.data, begin, end, scores);
+    if (!s.wide()) {
+      uint32_t rows[scores_at_once + 1];
+      for (uint32_t doc = begin; doc <= end; ++doc) rows[doc - begin] = s.row(doc);
+      return kernels().score(table_.data(), rows, s.data, end - begin, scores);
+    }
     for (uint32_t doc = begin; doc < end; ++doc) scores[doc - begin] = score(s, doc);
   }
 

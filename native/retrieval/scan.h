@@ -5,65 +5,32 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "kernels.h"
+#include "leaders.h"
+#include "plan.h"
 #include "query.h"
 #include "search.h"
 
 namespace gossamer::retrieval {
 
-constexpr double infinity = std::numeric_limits<double>::infinity();
-
 // Measured on a 2.6 GHz core: one posting, one document scored from its row, one document of a range cleared and read
 // back.
 constexpr double posting_ns = 0.5, document_ns = 250, sweep_ns = 0.05;
+constexpr double leader_ns = 100;  // a document scored from its row, which is fetched ahead
 
-struct Hit {
-  double low, high;  // bounds of the score
-  uint32_t target, doc;
-};
-
-// The documents that may be among the best `keep`, and a bar that the keep-th best score is known to reach.
-struct Leaders {
-  size_t keep, limit;
-  double bar = -infinity;
-  double missed = 0;    // documents with scores up to this may have been passed over
-  bool broken = false;  // a range could not be accumulated in 16 bits
-  std::vector<Hit> hits;
-
-  explicit Leaders(size_t keep) : keep(keep), limit(4 * keep + 256) {}
-
-  void add(const Hit& hit) {
-    hits.push_back(hit);
-    if (hits.size() >= limit) prune();
-  }
-
-  void prune() {
-    if (hits.size() > keep) {
-      std::nth_element(hits.begin(), hits.begin() + static_cast<int64_t>(keep) - 1, hits.end(),
-                       [](const Hit& a, const Hit& b) { return a.low > b.low; });
-    }
-    if (hits.size() >= keep && keep > 0)
-      bar = std::max(
-          bar,
-          std::min_element(hits.begin(), hits.begin() + static_cast<int64_t>(keep), [](const Hit& a, const Hit& b) {
-            return a.low < b.low;
-          })->low);
-    hits.erase(std::remove_if(hits.begin(), hits.end(), [&](const Hit& h) { return h.high < bar; }), hits.end());
-    limit = std::max(limit, 2 * hits.size());
-  }
-};
-
-// A term's postings in one range.
+// A term's postings in one range that are still to be read.
 struct List {
   const uint32_t *begin, *end;
-  uint32_t expected;  // postings that will be read, for a half-normal distribution of impacts
-  int16_t weight, least;
+  uint32_t expected;  // postings that will be read
+  int16_t weight;
+  int least;  // impacts below are left unread
   bool dense;
 };
+
+constexpr int nothing = 32768;  // as the least impact to read
 
 // What one thread needs, kept from call to call: making it anew costs as much as a small query.
 struct Scratch {
@@ -72,8 +39,15 @@ struct Scratch {
   std::vector<float> table;  // weight of each column, 0 where the query has none
   std::vector<int16_t> maxima = std::vector<int16_t>(groups);
   std::vector<int16_t> weights;
+  std::vector<int> least;
+  std::vector<Share> shares;
   std::vector<double> scales;
   std::vector<List> lists;
+  double failed = 0;  // share of the ranges that had to be looked at again, lately
+  uint32_t tries = 0;
+
+  // Where documents of a kind lie together, the first ranges say little about the rest.
+  bool hopeful() { return failed < 0.1 || ++tries % 32 == 0; }
 
   int16_t* acc() {
     const auto at = reinterpret_cast<uintptr_t>(memory.data());
@@ -108,6 +82,8 @@ class Scan {
     if (terms_.empty()) return;
     scratch_.weights.resize(terms_.size());
     scratch_.scales.resize(terms_.size());
+    scratch_.least.resize(terms_.size());
+    scratch_.shares.clear();
     largest_ = 0;
     for (const Term& t : terms_) largest_ = std::max(largest_, most_of(t));
     if (!options_.exact)
@@ -130,7 +106,10 @@ class Scan {
   void range(uint32_t r) {
     const uint32_t base = r * range_docs, padded = (s_.docs_in(r) + 31) / 32 * 32;
     const double bound = weigh(r);
-    if (bound <= 0 || bound < leaders_.bar) return skip(r);
+    bar_ = leaders_.bar;
+    const double hope = leaders_.hope();
+    leaders_.seen += s_.docs_in(r);
+    if (bound <= 0 || bound < bar_) return skip(r);
     const double unit = bound / head_;
     const double error = options_.exact ? error_ + matched_ * 1.5e-45 / unit : 0;
     if (!(error < 8192)) {
@@ -140,13 +119,18 @@ class Scan {
     ++ranges;
     int16_t* acc = scratch_.acc();
     std::memset(acc, 0, padded * sizeof(int16_t));
-    size_t read = 0;
-    if (options_.exact && leaders_.bar > 0 && leading(acc, r, unit, error, read)) return;
-    accumulate(acc, r, unit, read, terms_.size());
+    const double rest = options_.exact ? leave_out(r, hope) : cut_off(unit);
+    if (rest > 0 && hope > bar_) leaders_.hopes.push_back({index_, r, bar_ = hope});
+    list(r);
+    for (Term& t : terms_)
+      if (t.meta == nullptr) flat_term(acc, t, r, unit);
+    read(acc, r);
+    if (rest > 0 && settle(acc, r, unit, error, rest)) return;
+    if (rest > 0) read_rest(acc, r);
     hide(acc, r);
-    if (leaders_.bar == -infinity) first_bar(acc, padded, unit, error);
+    if (bar_ == -infinity) first_bar(acc, padded, unit, error);
     const double floor = std::floor(error) + 1;
-    double least = std::floor(leaders_.bar / unit - error);
+    double least = std::floor(bar_ / unit - error);
     if (!(least >= floor)) {
       least = floor;
       leaders_.missed = std::max(leaders_.missed, (floor + error) * unit);
@@ -166,38 +150,25 @@ class Scan {
     if (target_.allowed != nullptr) k_.mask(acc, padded, target_.allowed + r * (range_docs / 32));
   }
 
-  // Reads the heaviest terms only, and scores what the others could still lift over the bar: by Cauchy and Schwarz they
-  // add at most their norm times the largest document's. False if that leaves too many documents; `read` terms are
-  // summed.
-  bool leading(int16_t* acc, uint32_t r, double unit, double error, size_t& read) {
-    const size_t n = terms_.size();
-    size_t first = n;
-    double square = 0, sum = 0, rest = 0, saved = 0;
-    while (first > 0 && terms_[first - 1].meta != nullptr) {
-      const Term& t = terms_[first - 1];
-      square += double{t.weight} * t.weight;
-      sum += std::fabs(scratch_.scales[first - 1]);
-      const double bound = std::min(std::sqrt(square) * s_.norms[r], sum) * (1 + 1e-6 + 1e-7 * matched_);
-      if (bound * options_.trust > leave_ * leaders_.bar) break;
-      rest = bound * options_.trust;
-      saved += t.meta[r + 1].offset - t.meta[r].offset;
-      --first;
-    }
-    const double least = std::floor((leaders_.bar - rest) / unit - error);
-    const double most = saved * (posting_ns / document_ns);
-    if (first == n || most < 4 || least < std::floor(error) + 1) return false;
-    accumulate(acc, r, unit, 0, first);
-    read = first;
+  // Scores the documents that what was left unread could lift over the bar. False if they are too many.
+  bool settle(int16_t* acc, uint32_t r, double unit, double error, double rest) {
+    const double least = std::floor((bar_ - rest) / unit - error);
+    if (least < std::floor(error) + 1) return false;
     const uint32_t padded = (s_.docs_in(r) + 31) / 32 * 32;
     const uint32_t found =
         least > 32767 ? 0 : k_.collect(acc, padded, static_cast<int16_t>(least), scratch_.places.data());
-    leave_ = std::clamp(leave_ * (found > most / 4 ? 0.85 : found < most / 16 ? 1.1 : 1.0), 0.1, 0.9);
+    size_t unread = 0;
+    for (const List& list : scratch_.lists) unread += static_cast<size_t>(list.end - list.begin);
+    const double most = unread * (posting_ns / leader_ns);
+    leave_ = std::clamp(leave_ * (found > most / 6 ? 0.85 : found < most / 16 ? 1.1 : 1.0), 0.1, 0.9);
     if (found > most) return false;
     if (found > 0 && table_ == nullptr) table_ = std::make_unique<Table>(s_, query_, scratch_.table);
+    const auto doc_at = [&](size_t i) { return std::min(r * range_docs + scratch_.places[i], s_.docs() - 1); };
+    const Ahead ahead(s_, found, doc_at);
     for (uint32_t i = 0; i < found; ++i) {
+      ahead.fetch(i, doc_at);
       const uint32_t doc = r * range_docs + scratch_.places[i];
-      if (doc >= s_.docs() || (target_.allowed != nullptr && (target_.allowed[doc / 32] >> (doc % 32) & 1) == 0))
-        continue;
+      if (doc >= s_.docs() || !target_.allows(doc)) continue;
       const double score = table_->score(s_, doc);
       if (score >= leaders_.bar) leaders_.add({score, score, index_, doc});
     }
@@ -206,17 +177,102 @@ class Scan {
     return true;
   }
 
+  struct Whole {
+    size_t first;
+    double rest, saved;
+  };
+
+  // Decides what a bar allows to leave unread of the range; returns what a document's share of that adds up to at
+  // most, 0 if nothing is to be gained.
+  double leave_out(uint32_t r, double bar) {
+    auto& least = scratch_.least;
+    std::fill(least.begin(), least.end(), 0);
+    if (!(bar > 0)) return 0;
+    const double margin = 1 + 1e-6 + 1e-7 * matched_;
+    const double budget = leave_ * bar / options_.trust / margin;
+    const Whole whole = lightest(r, budget);
+    const double saved = plan(budget) * postings_;
+    if (std::max(saved, whole.saved) * posting_ns < 4 * leader_ns) return 0;
+    const double rest = saved > whole.saved ? cut_lists(r) : leave_lists(whole);
+    return rest * margin * options_.trust;
+  }
+
+  double leave_lists(const Whole& whole) {
+    std::fill(scratch_.least.begin() + static_cast<int64_t>(whole.first), scratch_.least.end(), nothing);
+    return whole.rest;
+  }
+
+  double cut_lists(uint32_t r) {
+    double rest = 0;
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      const double most = std::fabs(scratch_.scales[i]), cut = scratch_.shares[i].cut;
+      if (!(cut > 0) || most == 0) continue;
+      const bool whole = cut >= most * 0.999;
+      if (!whole && std::signbit(terms_[i].meta[r].scale)) continue;  // a row is read whole
+      scratch_.least[i] = whole ? nothing : static_cast<int>(cut / most * impact_one);
+      rest += whole ? most : most * (scratch_.least[i] / double{impact_one});
+    }
+    return rest;
+  }
+
+  // The lightest terms whose contributions stay below the budget: by Cauchy and Schwarz they add up to their norm times
+  // the largest document's at most.
+  Whole lightest(uint32_t r, double budget) const {
+    double square = 0, sum = 0;
+    Whole out{terms_.size(), 0, 0};
+    while (out.first > 0 && terms_[out.first - 1].meta != nullptr) {
+      const Term& t = terms_[out.first - 1];
+      square += double{t.weight} * t.weight;
+      sum += std::fabs(scratch_.scales[out.first - 1]);
+      const double bound = std::min(std::sqrt(square) * s_.norms[r], sum);
+      if (bound > budget) break;
+      out.rest = bound;
+      out.saved += t.meta[r + 1].offset - t.meta[r].offset;
+      --out.first;
+    }
+    return out;
+  }
+
+  // Plans to leave the smallest impacts of every list unread; returns the share of postings that saves, about. A plan
+  // holds for a little more than its budget.
+  double plan(double budget) {
+    if (budget >= planned_ && budget < 1.07 * planned_) return saved_;
+    auto& shares = scratch_.shares;
+    if (shares.empty())
+      for (const Term& t : terms_) shares.push_back(share_of(t));
+    planned_ = budget;
+    return saved_ = plan_cuts(shares, static_cast<float>(budget));
+  }
+
+  static Share share_of(const Term& t) {
+    const bool known = t.entry->mean > 0 && t.entry->mean <= t.entry->largest;
+    const float weight = std::fabs(t.weight), most = weight * t.entry->largest;
+    const float mean = known ? weight * t.entry->mean : 0.2f * most;
+    const bool some = t.meta != nullptr && most < 1e30f && mean > 1e-30f;
+    return {most, mean, some ? static_cast<float>(t.entry->count) : 0.0f};
+  }
+
+  // The approximate search leaves small contributions unread, whatever they add up to.
+  double cut_off(double unit) {
+    const double cut = options_.cut * largest_ / unit * 32768.0;
+    for (size_t i = 0; i < terms_.size(); ++i)
+      scratch_.least[i] = static_cast<int>(std::min(cut / std::max(std::abs(scratch_.weights[i]), 1), double{nothing}));
+    return 0;
+  }
+
   static double most_of(const Term& t) { return std::fabs(double{t.weight}) * t.entry->largest; }
 
   // No score in the range exceeds the bound returned; fills weights, error (in units) and headroom.
   double weigh(uint32_t r) {
     double sum = 0;
     uint32_t matched = 0;
+    postings_ = 0;
     for (size_t i = 0; i < terms_.size(); ++i) {
       const Term& t = terms_[i];
       double scale = 0;
       if (t.meta != nullptr) {
         if (t.meta[r].offset != t.meta[r + 1].offset) scale = std::fabs(t.meta[r].scale);
+        postings_ += t.meta[r + 1].offset - t.meta[r].offset;
       } else if (t.next < t.entry->count && word(t.postings, t.next) / range_docs == r) {
         scale = t.entry->largest;
       }
@@ -263,29 +319,31 @@ class Scan {
       while (t.meta == nullptr && t.next < t.entry->count && word(t.postings, t.next) / range_docs <= r) ++t.next;
   }
 
-  void accumulate(int16_t* acc, uint32_t r, double unit, size_t begin, size_t end) {
-    const double cut = options_.exact ? 0 : options_.cut * largest_ / unit * 32768.0;
+  // The lists of the range that are to be read.
+  void list(uint32_t r) {
     auto& lists = scratch_.lists;
     lists.clear();
-    for (size_t i = begin; i < end; ++i) {
-      if (terms_[i].meta == nullptr) {
-        flat_term(acc, terms_[i], r, unit);
-        continue;
-      }
+    for (size_t i = 0; i < terms_.size(); ++i) {
+      if (terms_[i].meta == nullptr) continue;
       const Meta* here = terms_[i].meta + r;
-      const int weight = scratch_.weights[i];
+      const int16_t weight = scratch_.weights[i];
       if (weight == 0 || here[0].offset == here[1].offset) continue;
       const bool dense = std::signbit(here[0].scale);
-      const double least = dense ? 0 : cut / std::abs(weight);
-      if (least > impact_one) continue;
-      const double above = 1 - least / impact_one;
+      const int least = dense && scratch_.least[i] != nothing ? 0 : scratch_.least[i];
       const uint32_t count = here[1].offset - here[0].offset;
-      const auto expected = std::min(count, static_cast<uint32_t>(count * above * above * above) + 32);
-      lists.push_back({terms_[i].postings + here[0].offset, terms_[i].postings + here[1].offset, expected,
-                       static_cast<int16_t>(weight), static_cast<int16_t>(least), dense});
+      const float left = 1 - below(std::min(static_cast<float>(least) / impact_one, 1.0f));
+      const auto expected = std::min(count, static_cast<uint32_t>(static_cast<float>(count) * left) + 32);
+      const uint32_t* postings = terms_[i].postings;
+      lists.push_back({postings + here[0].offset, postings + here[1].offset, expected, weight, least, dense});
     }
+  }
+
+  // Adds up the lists down to their least impacts, and moves their beginnings there.
+  void read(int16_t* acc, uint32_t r) {
+    auto& lists = scratch_.lists;
     for (size_t i = 0; i < lists.size(); ++i) {
-      const List& list = lists[i];
+      List& list = lists[i];
+      if (list.least == nothing) continue;
       const uint32_t *next = nullptr, *next_end = nullptr;
       if (i + 1 < lists.size()) {
         next = lists[i + 1].begin;
@@ -294,12 +352,24 @@ class Scan {
         next = terms_[0].postings + terms_[0].meta[r + 1].offset;
         next_end = std::min(next + 256, terms_[0].postings + terms_[0].meta[r + 2].offset);
       }
+      if (i + 2 < lists.size()) prefetch(lists[i + 2].begin, lists[i + 2].end, 128);
       const auto count = static_cast<uint32_t>(list.end - list.begin);
-      if (list.dense)
+      if (list.dense) {
         k_.dense(acc, reinterpret_cast<const int16_t*>(list.begin), count * 2, list.weight);
-      else
-        k_.scatter(acc, list.begin, count, list.weight, list.least, next, next_end);
+        list.begin = list.end;
+      } else {
+        list.begin += k_.scatter(acc, list.begin, count, list.weight, list.least, next, next_end);
+      }
     }
+  }
+
+  void read_rest(int16_t* acc, uint32_t r) {
+    auto& lists = scratch_.lists;
+    for (List& list : lists) {
+      list.least = 0;
+      list.expected = static_cast<uint32_t>(list.end - list.begin);
+    }
+    read(acc, r);
   }
 
   static void flat_term(int16_t* acc, Term& t, uint32_t r, double unit) {
@@ -323,7 +393,7 @@ class Scan {
     k_.maxima(acc, padded, maxima.data());
     std::nth_element(maxima.begin(), maxima.begin() + static_cast<int64_t>(keep) - 1, maxima.end(), std::greater<>());
     const double low = (maxima[keep - 1] - error) * unit;
-    if (low > 0) leaders_.bar = low;
+    if (low > 0) leaders_.bar = bar_ = low;
   }
 
   const Target& target_;
@@ -337,7 +407,10 @@ class Scan {
   std::vector<Term> terms_;
   double norm_ = 0, largest_ = 0, head_ = 0, error_ = 0;
   uint32_t matched_ = 0;
-  double leave_ = 0.5;  // share of the bar that terms left out may add up to; adapts
+  double bar_ = 0;       // of the range: known, or hoped for
+  double postings_ = 0;  // of the range
+  double planned_ = -1, saved_ = 0;
+  double leave_ = 0.4;  // share of the bar that terms left out may add up to; adapts
   std::unique_ptr<Table> table_;
 };
 

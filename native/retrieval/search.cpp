@@ -105,17 +105,13 @@ std::vector<Best> score_hits(const std::vector<Target>& targets, const Query& qu
       for (; i < end; ++i) best.push_back({static_cast<float>((hits[i].low + hits[i].high) / 2), s.id(hits[i].doc)});
       continue;
     }
-    constexpr size_t far = 32, near = 12;
-    const auto fetch = [&](size_t j) {
-      if (j < end) prefetch(s.data + s.rows[hits[j].doc], s.data + s.rows[hits[j].doc + 1], 4096);
-    };
-    for (size_t j = i; j < std::min(end, i + far); ++j) __builtin_prefetch(s.rows + hits[j].doc);
+    const size_t first = i;
+    const auto doc_at = [&](size_t j) { return hits[first + j].doc; };
     const Table table(s, query, scratch.table);
-    for (size_t j = i; j < i + near; ++j) fetch(j);
-    work.candidates += static_cast<int64_t>(end - i);
+    const Ahead ahead(s, end - first, doc_at);
+    work.candidates += static_cast<int64_t>(end - first);
     for (; i < end; ++i) {
-      if (i + far < end) __builtin_prefetch(s.rows + hits[i + far].doc);
-      fetch(i + near);
+      ahead.fetch(i - first, doc_at);
       best.push_back({table.score(s, hits[i].doc), s.id(hits[i].doc)});
     }
   }
@@ -145,15 +141,45 @@ bool rows_are_cheaper(const std::vector<Target>& targets, const Query& query) {
   return allowed * document_ns < postings_of(targets, query) * posting_ns + docs * sweep_ns;
 }
 
+// Those of all `ranges` whose hopes did not come true, with what is known now.
+void look_again(const std::vector<Target>& targets, const Query& query, const Options& options, int64_t ranges,
+                Leaders& leaders, Work& work) {
+  if (leaders.total == 0) return;
+  std::vector<Leaders::Hope> hopes = std::move(leaders.hopes);
+  leaders.total = 0;
+  const double bar = leaders.bar;
+  hopes.erase(std::remove_if(hopes.begin(), hopes.end(), [=](const auto& hope) { return hope.bar <= bar; }),
+              hopes.end());
+  double& failed = scratch_here().failed;
+  failed += 0.05 * (static_cast<double>(hopes.size()) / static_cast<double>(ranges) - failed);
+  for (const auto& hope : hopes) {
+    const auto there = [&](const Hit& hit) { return hit.target == hope.target && hit.doc / range_docs == hope.range; };
+    leaders.hits.erase(std::remove_if(leaders.hits.begin(), leaders.hits.end(), there), leaders.hits.end());
+    Scan scan(targets[hope.target], hope.target, query, options, scratch_here(), leaders);
+    scan.run(hope.range, hope.range + 1, nullptr);
+    work.ranges += scan.ranges;
+    work.candidates += scan.scored;
+  }
+  if (!hopes.empty()) leaders.prune();
+}
+
 // The leaders over all ranges, of scores that reach the bar known, by `threads` threads that share their bar.
 Leaders scan_all(const std::vector<Target>& targets, const Query& query, const Options& options, size_t keep,
                  double known, int64_t threads, Work& work) {
   int64_t total = 0;
-  for (const Target& target : targets) total += target.segment.header->ranges;
+  uint64_t docs = 0;
+  for (const Target& target : targets) {
+    total += target.segment.header->ranges;
+    docs += target.segment.docs();
+  }
   const int64_t parts = std::min(threads, std::max<int64_t>(total, 1));
   std::vector<Leaders> found(static_cast<size_t>(parts), Leaders(keep));
   std::vector<Work> done(static_cast<size_t>(parts));
-  for (Leaders& one : found) one.bar = known;
+  const bool hopeful = options.exact && options.trust == 1 && scratch_here().hopeful();
+  for (Leaders& one : found) {
+    one.bar = known;
+    one.total = hopeful ? docs : 0;
+  }
   std::atomic<double> bar{known};
   std::exception_ptr failure;
   std::mutex lock;
@@ -187,8 +213,10 @@ Leaders scan_all(const std::vector<Target>& targets, const Query& query, const O
     all.bar = std::max(all.bar, found[p].bar);
     all.missed = std::max(all.missed, found[p].missed);
     all.broken = all.broken || found[p].broken;
+    all.hopes.insert(all.hopes.end(), found[p].hopes.begin(), found[p].hopes.end());
   }
   all.prune();
+  look_again(targets, query, options, total, all, work);
   for (const Work& one : done) {
     work.ranges += one.ranges;
     work.candidates += one.candidates;

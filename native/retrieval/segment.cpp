@@ -69,13 +69,19 @@ Segment open_segment(const void* memory, uint64_t bytes) {
   s.norms = section<float>(block, bytes, h.norms_at, h.ranges);
   s.postings = section<uint32_t>(block, bytes, h.postings_at, h.postings);
   if (s.exact()) {
-    s.rows = section<uint32_t>(block, bytes, h.rows_at, uint64_t{h.docs} + 1);
+    const bool small = h.flags & short_rows;
+    s.rows = section<uint32_t>(block, bytes, h.rows_at, small ? h.docs / row_block + 1 : uint64_t{h.docs} + 1);
+    if (small) s.steps = section<uint16_t>(block, bytes, h.rows_at + steps_at(h.docs), uint64_t{h.docs} + 1);
     s.data = section<uint32_t>(block, bytes, h.data_at, h.words);
-    expect(s.rows[0] == 0 && s.rows[h.docs] == h.words, "rows");
-    for (uint32_t i = 0; i < h.docs; ++i) expect(s.rows[i] <= s.rows[i + 1], "rows out of order");
+    expect(s.row(0) == 0 && s.row(h.docs) == h.words, "rows");
+    for (uint32_t i = 0; i < h.docs; ++i) expect(s.row(i) <= s.row(i + 1), "rows out of order");
   }
   if (h.flags & explicit_ids) s.ids = section<int64_t>(block, bytes, h.ids_at, h.docs);
   if (h.flags & short_ids) s.offsets = section<uint32_t>(block, bytes, h.ids_at, h.docs);
+  if (h.flags & packed_ids) {
+    s.low_ids = section<uint16_t>(block, bytes, h.ids_at, h.docs);
+    s.high_ids = section<uint8_t>(block, bytes, h.ids_at + nibbles_at(h.docs), (uint64_t{h.docs} + 1) / 2);
+  }
   for (uint32_t i = 0; i < h.columns; ++i) {
     expect(s.columns[i] < h.dim && (i == 0 || s.columns[i - 1] < s.columns[i]), "columns out of order");
     check_column(s, s.table[i]);

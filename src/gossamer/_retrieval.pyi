@@ -67,12 +67,11 @@ class Segment:
     @property
     def first_id(self) -> int: ...
     @property
-    def ids(self) -> int:
-        """Address, or 0."""
+    def running_ids(self) -> bool:
+        """Ids count up from the first."""
 
-    @property
-    def offsets(self) -> int:
-        """Address of uint32 offsets from first_id, or 0."""
+    def copy_ids(self, ids: int) -> None:
+        """Fills int64 [docs]."""
 
     def document_counts(self, counts: int) -> None:
         """Adds the documents of each dimension to int64 [dim]."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import storage
-from .grouping import Groups
+from . import persistence
 from .merging import MOST_ROWS, join_all, join_small, without
 from .native import require
-from .part import Part, concatenated
+from .part import Part, concatenated, statistics
+from .persistence import Origin, Stored
 from .rows import Rows, Tidy, as_filter, as_ids, as_rows
 from .tuning import MARGIN, Setting, calibrate, pick
 
@@ -51,7 +50,7 @@ class SparseIndex:
         self._parts: tuple[Part, ...] = ()
         self._settings: dict[int, list[Setting]] = {}
         self._next_id = 0
-        self._origin: tuple[Path, int] | None = None
+        self._origin: Origin | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -93,18 +92,10 @@ class SparseIndex:
         load=True reads it into memory, which searches faster (huge pages); verify=False skips the checksums of the
         blocks, so that opening reads almost nothing. Even then a damaged file cannot crash a search.
         """
-        path = Path(path)
-        meta, blocks, identity = storage.read(path, load, verify, _threads(threads))
-        index = cls(meta["dim"], values=meta["values"])
-        parts = []
-        for part in meta["parts"]:
-            alive = None if part["alive"] is None else blocks[part["alive"]].view(np.uint32)
-            groups = part.get("groups")
-            near = None if groups is None else (blocks[groups["centres"]], blocks[groups["starts"]])
-            parts.append(_opened(path, blocks[part["segment"]], alive, near, index))
-        index._parts, index._next_id = tuple(parts), meta["next_id"]
-        index._settings = {int(k): [Setting(*s) for s in some] for k, some in meta["settings"].items()}
-        index._origin = (path.resolve(), identity)
+        stored, origin = persistence.load(Path(path), load, verify, _threads(threads))
+        index = cls(stored.dim, values=stored.values)
+        index._parts, index._next_id, index._settings = stored.parts, stored.next_id, stored.settings
+        index._origin = origin
         return index
 
     def save(self, path: str | os.PathLike | None = None, *, overwrite: bool = False, threads: int = 0) -> Path:
@@ -116,21 +107,9 @@ class SparseIndex:
         with self._lock:
             if path is None and self._origin is None:
                 raise ValueError("this index has no file yet: pass a path")
-            path = Path(path) if path is not None else self._origin[0]  # type: ignore[index]
-            with storage.Writer(path, _threads(threads)) as writer:
-                if not overwrite:
-                    self._check_origin(path)
-                parts = [
-                    {
-                        "segment": writer.add(p.block),
-                        "alive": None if p.alive is None else writer.add(p.alive.view(np.uint8)),
-                        "groups": None if p.groups is None else p.groups.save(writer.add),
-                    }
-                    for p in self._parts
-                ]
-                meta = {"dim": self.dim, "values": self.values, "next_id": self._next_id, "parts": parts}
-                identity = writer.commit(meta | {"settings": {str(k): s for k, s in self._settings.items()}})
-            self._origin = (path.resolve(), identity)
+            path = Path(path) if path is not None else self._origin.path  # type: ignore[union-attr]
+            stored = Stored(self.dim, self.values, self._parts, self._next_id, self._settings)
+            self._origin = persistence.save(path, stored, self._origin, overwrite, _threads(threads))
             return path
 
     def add(
@@ -234,7 +213,8 @@ class SparseIndex:
         """Measures settings of the approximate search on queries, a sample of the documents without.
 
         They are kept with the index and used for searches of up to k results. Their recall is what was measured less
-        `margin` standard errors, so that other queries of the kind meet it.
+        `margin` standard errors, as if one more query had lost half of its results, so that other queries of the kind
+        meet it: for 0.99 it takes 200 queries or more, below that only an exact search is sure of it.
         """
         settings = calibrate(self, queries, k, threads, margin)
         with self._lock:
@@ -251,29 +231,8 @@ class SparseIndex:
 
     def stats(self) -> dict[str, Any]:
         """Sizes, and how evenly the columns are used: `evenness` is R_sub of the paper, 1 where all are alike."""
-        counts = np.zeros(self.dim, np.int64)
-        for part in self._parts:
-            part.native.document_counts(counts.ctypes.data)
-        docs, nnz = sum(len(p) for p in self._parts), sum(p.native.nnz for p in self._parts)
-        stored = sum(p.nbytes for p in self._parts)
-        flops = float(((counts / max(docs, 1)) ** 2).sum())
-        mean = nnz / max(docs, 1)
-        return {
-            "documents": len(self),
-            "deleted": docs - len(self),
-            "dim": self.dim,
-            "columns_used": int((counts > 0).sum()),
-            "nnz_per_document": mean,
-            "flops": flops,
-            "evenness": flops * self.dim / mean**2 if nnz else 1.0,
-            "largest_column": float(counts.max() / max(docs, 1)),
-            "bytes": stored,
-            "bytes_per_nonzero": stored / max(nnz, 1),
-            "parts": len(self._parts),
-            "groups": self.groups,
-            "exact": self.values,
-            "calibrated_for_k": sorted(self._settings),
-        }
+        known = {"groups": self.groups, "exact": self.values, "calibrated_for_k": sorted(self._settings)}
+        return statistics(self._parts, self.dim) | known
 
     def rows(self, ids: Any = None) -> tuple[Rows, np.ndarray]:
         """(documents, their ids), in the order stored; all of them without ids."""
@@ -329,14 +288,6 @@ class SparseIndex:
                 raise ValueError(f"id {part.ids[places[0]]} is there already: pass replace=True, or delete it first")
         return parts
 
-    def _check_origin(self, path: Path) -> None:
-        there = storage.identity(path)
-        if there is None or self._origin == (path.resolve(), there):
-            return
-        ours = self._origin is not None and self._origin[0] == path.resolve()
-        what = "was saved by another process since this index read it" if ours else "exists already"
-        raise FileExistsError(f"{path} {what}: pass overwrite=True to replace it, or save elsewhere")
-
 
 def run(targets: list, rows: Tidy, k: int, setting: Setting | None, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """scores and ids [rows, k] of queries that are checked already; setting None is exact."""
@@ -348,19 +299,6 @@ def run(targets: list, rows: Tidy, k: int, setting: Setting | None, threads: int
     out = (scores.ctypes.data, ids.ctypes.data)
     require().search(targets, len(rows), *rows.pointers(), k, exact, trust, survivors, cut, groups, threads, *out)
     return scores, ids
-
-
-def _opened(path: Path, block: np.ndarray, alive: np.ndarray | None, near: Any, index: SparseIndex) -> Part:
-    try:
-        part = Part.view(block, alive)
-        if near is not None:
-            part = replace(part, groups=Groups.view(near[0], near[1].view(np.uint32), part.native))
-    except ValueError as e:
-        raise storage.IndexFileError(f"{path}: {e}") from None
-    words = -(-len(part) // 32)
-    if part.native.dim != index.dim or part.native.exact != index.values or (alive is not None and len(alive) != words):
-        raise storage.IndexFileError(f"{path} is damaged (parts contradict each other): restore it or build it again")
-    return part
 
 
 def _threads(threads: int) -> int:

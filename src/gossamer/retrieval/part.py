@@ -77,17 +77,14 @@ class Part:
         """int64 [documents], deleted ones included."""
         if self._running:
             return np.arange(self.native.first_id, self.native.first_id + len(self))
-        if self.native.offsets:
-            start = self.native.offsets - self.block.ctypes.data
-            return self.block[start : start + 4 * len(self)].view(np.uint32).astype(np.int64) + self.native.first_id
-        # The array must keep the block alive, which a bare address does not.
-        start = self.native.ids - self.block.ctypes.data
-        return self.block[start : start + 8 * len(self)].view(np.int64)
+        ids = np.empty(len(self), np.int64)
+        self.native.copy_ids(ids.ctypes.data)
+        return ids
 
     @property
     def _running(self) -> bool:
         """Ids count up from the first and are not stored."""
-        return not (self.native.ids or self.native.offsets)
+        return self.native.running_ids
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -160,3 +157,27 @@ def address(array: np.ndarray | None) -> int:
 
 def concatenated(ids: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *ids])
+
+
+def statistics(parts: Sequence[Part], dim: int) -> dict[str, Any]:
+    """What `SparseIndex.stats` says of the documents, with deleted ones that still lie there."""
+    counts = np.zeros(dim, np.int64)
+    for part in parts:
+        part.native.document_counts(counts.ctypes.data)
+    docs, nnz = sum(len(p) for p in parts), sum(p.native.nnz for p in parts)
+    living, stored = sum(p.living for p in parts), sum(p.nbytes for p in parts)
+    flops = float(((counts / max(docs, 1)) ** 2).sum())
+    mean = nnz / max(docs, 1)
+    return {
+        "documents": living,
+        "deleted": docs - living,
+        "dim": dim,
+        "columns_used": int((counts > 0).sum()),
+        "nnz_per_document": mean,
+        "flops": flops,
+        "evenness": flops * dim / mean**2 if nnz else 1.0,
+        "largest_column": float(counts.max() / max(docs, 1)),
+        "bytes": stored,
+        "bytes_per_nonzero": stored / max(nnz, 1),
+        "parts": len(parts),
+    }

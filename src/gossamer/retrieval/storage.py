@@ -23,7 +23,7 @@ import numpy as np
 
 from .native import aligned, require
 
-MAGIC, VERSION = b"GOSSIDX\n", 2  # 2: groups, short ids
+MAGIC, VERSION = b"GOSSIDX\n", 3  # 2: groups, short ids; 3: short rows, packed ids
 _HEADER = struct.Struct("<8sIIQQQQ")
 _PIECE = 1 << 24
 
