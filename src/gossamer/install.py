@@ -151,7 +151,7 @@ def _better_together(
     for n in sizes:
         best = min(options, key=lambda o: o.times.get(n, math.inf), default=None)
         apart = [chosen[m].best(n) for m in members]
-        on_cpu_dense = members[0].device.type == "cpu" and any(o.whole for o in apart)
+        on_cpu_dense = members[0].device.type == "cpu" and all(o.whole for o in apart)
         limit = sum(o.cost(n) for o in apart) * (DENSE_APART if on_cpu_dense else 1.0)
         if best is None or best.times.get(n, math.inf) > limit:
             break
