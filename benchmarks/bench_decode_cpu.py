@@ -7,7 +7,9 @@ stored as a bf16 bitmask. Appends to benchmarks/results/decode_cpu.jsonl:
 
 - tokens_per_s_ratio: `eager` and `compile` are the block linears and the head alone, in the order of a decoding step;
   `model_eager` and `model_compile` are whole decoding steps with a static KV cache, attention and all;
-- worst_vs_dense: the smallest ratio, over sparsities and numbers of tokens, of the prepared layers to the best dense.
+- worst_vs_dense: the smallest ratio, over sparsities and numbers of tokens, of the prepared layers to the best dense:
+  the median over turns of the ratio, in an order that changes. `again` is the same of a dense model and its copy, which
+  ought to be 1: what the machine adds.
 
 Dense is the best of torch in float32, torch in bfloat16 and Gossamer's own dense kernel on bf16 weights; all runs of a
 figure are interleaved in one process.
@@ -20,6 +22,7 @@ import copy
 import itertools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -160,21 +163,49 @@ def decode(args: argparse.Namespace, dense: nn.Module, sparsity: float) -> None:
 
 
 def worst(args: argparse.Namespace, dense: nn.Module) -> None:
-    found = {}
+    found, again = {}, {}
     for sparsity in args.grid:
         models = variants(dense, pruned(dense, sparsity), args.tokens)
         for tokens, kind in itertools.product(args.tokens, ("fp32", "bf16")):
             dtype = torch.float32 if kind == "fp32" else torch.bfloat16
             x = torch.randn(1, tokens, dense.config.hidden_size).to(dtype)
             mine = {n: m for n, m in models.items() if n.endswith(kind) and (tokens <= 16 or "own" not in n)}
-            runners = {n: [partial(Linears(m), x)] for n, m in mine.items()}
-            value, _, median = ratio([race(runners, CPU, args.seconds / 2) for _ in range(3)])
-            found[sparsity, tokens, kind] = value
-            print(f"{sparsity} {tokens} {kind}: {value:.3f} {median}", flush=True)
+            mine["again"] = copy.deepcopy(mine[f"torch {kind}"])
+            times = passes({n: partial(Linears(m), x) for n, m in mine.items()}, args.seconds * 10)
+            dense_ones = [n for n in times if not n.startswith("sparse") and n != "again"]
+            best = min(dense_ones, key=lambda n: statistics.median(times[n]))
+            found[sparsity, tokens, kind] = value = paired(times[best], times[f"sparse {kind}"])
+            again[sparsity, tokens, kind] = same = paired(times[f"torch {kind}"], times["again"])
+            medians = {n: round(statistics.median(t) * 1e6) for n, t in times.items()}
+            print(f"{sparsity} {tokens} {kind}: {value:.3f} (again {same:.3f}) {medians}", flush=True)
     (sparsity, tokens, kind), value = min(found.items(), key=lambda item: item[1])
-    cells = {f"{s} {t} {k}": round(v, 4) for (s, t, k), v in found.items()}
     at = {"sparsity": sparsity, "tokens": tokens, "dtype": kind}
-    record(args, "worst_vs_dense", {}, value, 0.97, None, n=len(found), at=at, cells=cells)
+    extra = {"n": len(found), "at": at, "cells": named(found), "again": named(again)}
+    record(args, "worst_vs_dense", {}, value, 0.97, None, **extra)
+
+
+def named(cells: dict[tuple[float, int, str], float]) -> dict[str, float]:
+    return {f"{s} {t} {k}": round(v, 4) for (s, t, k), v in cells.items()}
+
+
+def passes(runners: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every pass of every runner: in turns, at least 9 each, every turn starting with another runner."""
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    names, stop = list(runners), time.perf_counter() + seconds
+    for run in runners.values():
+        run()
+    while len(times[names[0]]) < 9 or time.perf_counter() < stop:
+        for name in names:
+            start = time.perf_counter()
+            runners[name]()
+            times[name].append(time.perf_counter() - start)
+        names = [*names[1:], names[0]]
+    return times
+
+
+def paired(slow: list[float], fast: list[float]) -> float:
+    """How many times faster, by the median over turns."""
+    return statistics.median(s / f for s, f in zip(slow, fast, strict=True))
 
 
 def record(

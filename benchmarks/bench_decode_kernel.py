@@ -59,12 +59,12 @@ def copy_of(a: Bitmask) -> Bitmask:
 
 def bitmask_call(a: Bitmask) -> Call:
     packed = settled(CpuBitmask, a, torch.float32)
-    return lambda x: CpuBitmask.run(x, packed.tensors, packed.meta, None)
+    return CpuBitmask.bind(packed.tensors, packed.meta, None)
 
 
 def dense_call(a: Tensor) -> Call:
     packed = settled(CpuDense, Dense((a.shape[0], a.shape[1]), a), torch.float32)
-    return lambda x: CpuDense.run(x, packed.tensors, packed.meta, None)
+    return CpuDense.bind(packed.tensors, packed.meta, None)
 
 
 def torch_call(a: Tensor, dtype: torch.dtype) -> Call:

@@ -61,6 +61,18 @@ void check_tokens(int64_t tokens) {
 // A block of rows stays in the second-level cache from one group of tokens to the next.
 constexpr int64_t block_rows = 64;
 
+// What a thread takes at a time of a large matrix: long enough to read at full speed, short enough to end together.
+constexpr int64_t step_bytes = int64_t{1} << 18;
+
+// Rows of the matrix, cut into parts for the threads; small ones are not cut further.
+template <class Cut, class Body>
+void in_steps(int64_t rows, int64_t bytes, int64_t parts, const Cut& cut, const Body& body) {
+  if (parts == 1 || bytes < 4 * parts * step_bytes)
+    parallel_parts(parts, [&](int64_t i) { body(cut(i), cut(i + 1)); });
+  else
+    parallel_steps(parts, std::max<int64_t>(block_rows, rows * step_bytes / bytes), cut, body);
+}
+
 void run_rows(const LinearJob& job, const LinearRows::Rows* kernel, int64_t group, int64_t begin, int64_t end) {
   const int64_t block = job.tokens > group ? block_rows : end - begin;
   for (; begin < end; begin += block)
@@ -151,11 +163,12 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
   const int64_t value_cost = bytes_of(static_cast<Float>(type));
   // A row also costs its mask and the arithmetic on its zeros, which grows with the tokens.
   const int64_t row_cost = (cols + 7) / 8 * (2 + tokens);
-  const int64_t parts = parts_for(job.offsets[rows] * value_cost + rows * row_cost, threads);
-  parallel_parts(parts, [&](int64_t i) {
-    run_rows(job, isa.bitmask[type], isa.group, first_row(job.offsets, rows, row_cost, value_cost, i, parts),
-             first_row(job.offsets, rows, row_cost, value_cost, i + 1, parts));
-  });
+  const int64_t bytes = job.offsets[rows] * value_cost + rows * row_cost;
+  const int64_t parts = parts_for(bytes, threads);
+  in_steps(
+      rows, bytes, parts,
+      [&](int64_t i) { return first_row(job.offsets, rows, row_cost, value_cost, i, parts); },
+      [&](int64_t begin, int64_t end) { run_rows(job, isa.bitmask[type], isa.group, begin, end); });
 }
 
 void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintptr_t x, int x_type,
@@ -175,8 +188,11 @@ void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintpt
                       static_cast<Float>(bias_type),
                       reinterpret_cast<void*>(y),
                       input.type};
-  parallel_rows(rows, rows * cols * bytes_of(static_cast<Float>(type)), threads,
-                [&](int64_t begin, int64_t end) { run_rows(job, isa.dense[type], isa.group, begin, end); });
+  const int64_t bytes = rows * cols * bytes_of(static_cast<Float>(type));
+  const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(bytes, threads)));
+  in_steps(
+      rows, bytes, parts, [=](int64_t i) { return rows * i / parts; },
+      [&](int64_t begin, int64_t end) { run_rows(job, isa.dense[type], isa.group, begin, end); });
 }
 
 uint64_t sum_words(uintptr_t buffer, int64_t bytes, int threads) {

@@ -36,7 +36,7 @@ constexpr int line_bytes = 64;
 // The same in bytes of a row's weights and mask. Rows that go together are read side by side, so what comes next lies a
 // whole number of such groups further on.
 struct Ahead {
-  int64_t weights, mask;
+  int64_t far, near, mask;
 };
 
 template <int lines, class T>
@@ -44,8 +44,8 @@ GOSSAMER_INLINE void prefetch(const T* from, const Ahead& ahead) {
   const char* at = reinterpret_cast<const char*>(from);
   GOSSAMER_UNROLL
   for (int i = 0; i < lines; ++i) {
-    __builtin_prefetch(at + ahead.weights + i * line_bytes, 0, 2);
-    __builtin_prefetch(at + near_bytes + i * line_bytes, 0, 3);
+    __builtin_prefetch(at + ahead.far + i * line_bytes, 0, 2);
+    __builtin_prefetch(at + ahead.near + i * line_bytes, 0, 3);
   }
 }
 
@@ -104,7 +104,6 @@ struct BitmaskSource {
 
   GOSSAMER_INLINE void next(Vec* w, const Ahead& ahead) {
     prefetch<1>(values, ahead);
-    __builtin_prefetch(mask + ahead.mask, 0, 2);
     expand(bits_of_step(mask), w);
     mask += step_cols / 8;
   }
@@ -178,17 +177,37 @@ struct Sums {
   }
 };
 
-// The next `cols` columns of n rows; only the last ones of a row may be no whole step.
-template <int n, class Source, int tokens>
+// Masks of a step of n rows, which lie one after the other (`adjacent`) or apart. A row's are an eighth of a line: asked
+// for row by row, every line would be asked for eight times.
+template <int n, bool adjacent, class Source>
+GOSSAMER_INLINE void prefetch_masks(const Source* sources, const uint8_t*& next, const Ahead& ahead) {
+  if constexpr (Source::dense) {
+    return;
+  } else if constexpr (adjacent) {
+    __builtin_prefetch(next, 0, 2);
+    next += n * step_cols / 8;
+  } else {
+    GOSSAMER_UNROLL
+    for (int r = 0; r < n; ++r) __builtin_prefetch(sources[r].mask + ahead.mask, 0, 2);
+  }
+}
+
+// The next `cols` columns of n rows; only the last ones of a row may be no whole step. `adjacent`: whole rows that lie
+// one after the other.
+template <int n, bool adjacent, class Source, int tokens>
 GOSSAMER_INLINE void add_cols(Source* sources, Sums<Source, tokens>* all, const float* x, int64_t x_step, int64_t cols,
                               const Ahead& ahead) {
   Vec w[step_vecs];
-  for (; cols >= step_cols; cols -= step_cols, x += x_step)
+  const uint8_t* masks = nullptr;
+  if constexpr (!Source::dense) masks = sources[0].mask + ahead.mask;
+  for (; cols >= step_cols; cols -= step_cols, x += x_step) {
+    prefetch_masks<n, adjacent>(sources, masks, ahead);
     GOSSAMER_UNROLL
     for (int r = 0; r < n; ++r) {
       sources[r].next(w, ahead);
       all[r].add_step(w, x);
     }
+  }
   if (cols > 0)
     GOSSAMER_UNROLL
     for (int r = 0; r < n; ++r) {
@@ -253,7 +272,7 @@ GOSSAMER_INLINE void whole_rows(const LinearJob& job, int64_t row, const Ahead& 
     sources[r] = Source(job, row + r);
     all[r].clear();
   }
-  add_cols<n>(sources, all, job.x, job.tokens * step_cols, job.cols, ahead);
+  add_cols<n, true>(sources, all, job.x, job.tokens * step_cols, job.cols, ahead);
   finish_rows<n>(job, row, all);
 }
 
@@ -264,11 +283,20 @@ constexpr int rows_together = Source::dense || tokens > 2 ? 1 : most_rows / toke
 
 constexpr double sparse_below = 0.45;  // the density below which arithmetic takes longer than memory
 
+// Of short rows that are read side by side, what lies a little ahead in one is being read as part of another.
+template <class Source, int n>
+Ahead ahead_of_rows(const LinearJob& job) {
+  const int64_t row_bytes = Source::row_bytes(job), group_bytes = n * row_bytes + 1;
+  const auto rows_over = [=](int64_t bytes) { return (bytes + group_bytes - 1) / group_bytes * n; };
+  const bool within = n == 1 || row_bytes >= 2 * near_bytes;
+  const int64_t near_rows = within ? 0 : rows_over(near_bytes);
+  const int64_t far_rows = within ? rows_over(far_bytes) : near_rows + rows_over(far_bytes - near_bytes);
+  return {far_rows * row_bytes, within ? near_bytes : near_rows * row_bytes, far_rows * ((job.cols + 7) / 8)};
+}
+
 template <class Source, int tokens, int n>
 int64_t rows_side_by_side(const LinearJob& job, int64_t begin, int64_t end) {
-  const int64_t row_bytes = Source::row_bytes(job), group_bytes = n * row_bytes + 1;
-  const int64_t rows_ahead = (far_bytes + group_bytes - 1) / group_bytes * n;
-  const Ahead ahead{rows_ahead * row_bytes, rows_ahead * ((job.cols + 7) / 8)};
+  const Ahead ahead = ahead_of_rows<Source, n>(job);
   for (; begin + n <= end; begin += n) whole_rows<Source, tokens, n>(job, begin, ahead);
   return begin;
 }
@@ -293,7 +321,7 @@ GOSSAMER_INLINE void chunk_of_rows(const LinearJob& job, Source* sources, Sums<S
   Sums<Source, tokens> sums_here[n];
   GOSSAMER_UNROLL
   for (int r = 0; r < n; ++r) here[r] = sources[r], sums_here[r] = all[r];
-  add_cols<n>(here, sums_here, job.x + k * job.tokens, job.tokens * step_cols, cols, ahead);
+  add_cols<n, false>(here, sums_here, job.x + k * job.tokens, job.tokens * step_cols, cols, ahead);
   GOSSAMER_UNROLL
   for (int r = 0; r < n; ++r) sources[r] = here[r], all[r] = sums_here[r];
 }
@@ -302,7 +330,7 @@ template <class Source, int tokens>
 void rows_in_chunks(const LinearJob& job, int64_t begin, int64_t end) {
   constexpr int64_t chunk = chunk_cols<tokens>;
   constexpr int n = rows_together<Source, tokens>;
-  const Ahead ahead{Source::row_bytes(job) * chunk / (job.cols ? job.cols : 1), chunk / 8};
+  const Ahead ahead{Source::row_bytes(job) * chunk / (job.cols ? job.cols : 1), near_bytes, chunk / 8};
   Source sources[tile_rows];
   Sums<Source, tokens> all[tile_rows];
   for (; begin < end; begin += tile_rows) {

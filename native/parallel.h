@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace gossamer {
 
@@ -34,6 +36,25 @@ template <class Body>
 void parallel_rows(int64_t rows, int64_t bytes, int threads, const Body& body) {
   const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(bytes, threads)));
   parallel_parts(parts, [&](int64_t i) { body(rows * i / parts, rows * (i + 1) / parts); });
+}
+
+// body(begin, end) runs on row ranges that are disjoint and cover [cut(0), cut(parts)): part i is [cut(i), cut(i + 1)),
+// worked off `step` rows at a time from its front, and whoever is done with one goes on with the others'. A core that is
+// held up then holds up nobody else; what a thread reads stays in one piece.
+template <class Cut, class Body>
+void parallel_steps(int64_t parts, int64_t step, const Cut& cut, const Body& body) {
+  struct alignas(64) Front {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Front[]> fronts(new Front[static_cast<size_t>(parts)]);
+  for (int64_t i = 0; i < parts; ++i) fronts[i].next = cut(i), fronts[i].end = cut(i + 1);
+  parallel_parts(parts, [&](int64_t i) {
+    for (int64_t p = 0; p < parts; ++p) {
+      Front& front = fronts[(i + p) % parts];
+      for (int64_t at; (at = front.next.fetch_add(step)) < front.end;) body(at, std::min(front.end, at + step));
+    }
+  });
 }
 
 }  // namespace gossamer

@@ -180,3 +180,19 @@ def test_damaged_weights_are_refused() -> None:
 def test_wrong_x_is_refused() -> None:
     with pytest.raises(ValueError, match="takes 20"):
         linear(torch.ones(1, 21), sparse((6, 20), 0.5, torch.float32))
+
+
+@pytest.mark.parametrize(("kernel", "as_"), KERNELS)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_large_matrix_in_steps_is_the_same_to_the_bit(kernel: Any, as_: Any, tokens: int) -> None:
+    a, x = sparse((3001, 900), 0.9, torch.float32), some((tokens, 900), torch.float32)
+    a[1500:] *= torch.arange(900) % 7 == 0  # uneven: whoever is done first helps
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(linear(x, a, None, kernel, as_))
+    finally:
+        torch.set_num_threads(threads)
+    check(found[0], x, a)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -84,4 +84,9 @@ def test_refuses_what_it_cannot_run() -> None:
     assert "x in float32" in str(CpuDense.refuses(Case(spec, cpu, torch.float64, 1)))
     assert "on the CPU" in str(CpuDense.refuses(Case(spec, torch.device("cuda"), torch.float32, 1)))
     with pytest.raises(ValueError, match="17 tokens"):
-        linear(torch.ones(17, 4), Dense.encode(torch.ones(4, 4)))
+        native.dense_linear(torch.ones(17, 4), torch.ones(4, 4))
+
+
+def test_more_tokens_than_it_admits_to() -> None:
+    """A layer that was prepared for one token only must not fail on a prompt."""
+    torch.testing.assert_close(linear(torch.ones(17, 4), Dense.encode(torch.ones(3, 4))), torch.full((17, 3), 4.0))

@@ -227,3 +227,25 @@ def test_threads_are_part_of_the_key() -> None:
 def test_the_clock_counts_every_runner() -> None:
     found = timing.race({"a": [lambda: None], "b": [lambda: sum(range(20000))]}, torch.device("cpu"), 0.001)
     assert 0 <= found["a"] < found["b"]
+
+
+@pytest.mark.parametrize(
+    ("lead", "few", "many"),
+    [(0.97, "vendor", "vendor"), (0.93, "cpu_bitmask", "vendor"), (0.85, "cpu_bitmask", "cpu_bitmask")],
+)
+def test_panels_must_be_further_ahead(monkeypatch: pytest.MonkeyPatch, lead: float, few: str, many: str) -> None:
+    fixed(monkeypatch, {"cpu_bitmask": lead, "cpu_dense": 2.0, "reference": 2.0})
+    model = nn.ModuleDict({"a": SparseLinear.from_format(sparse(24, 40))})
+    gossamer.prepare(model, tokens=[16, 17])
+    route = dispatch.route(model["a"].layout)
+    assert [route.way(n)[0].kernel for n in (16, 17)] == [few, many]
+
+
+def test_more_tokens_than_a_layer_was_prepared_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed(monkeypatch, {"cpu_dense": 0.5})
+    layer = SparseLinear.from_format(sparse(24, 40), torch.randn(24))
+    gossamer.prepare(nn.ModuleDict({"a": layer}), tokens=[1])
+    assert ways(layer) == [["cpu_dense"]]
+    for x in (torch.randn(17, 40), torch.randn(2, 20, 40)):
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.decode(torch.float32), layer.bias))

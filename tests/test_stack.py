@@ -10,8 +10,10 @@ from torch import Tensor, nn
 import gossamer
 from gossamer import dispatch, timing
 from gossamer.formats.bitmask import Bitmask
+from gossamer.install import _better_together
 from gossamer.nn import SparseLinear
 from gossamer.prepare import run_dense
+from gossamer.race import Group, Option
 
 ROWS = {"q_proj": 24, "k_proj": 8, "v_proj": 8, "o_proj": 24}
 
@@ -187,3 +189,12 @@ def test_a_copy_is_called_by_a_number_of_its_own(model: Attention) -> None:
             found = torch.ops.gossamer.call(x, stack._number, sum(stack.rows))
             torch.testing.assert_close(found, stack.run(x), rtol=0, atol=0)
         assert not torch.equal(mine.run(x), copied.run(x))
+
+
+@pytest.mark.parametrize(("whole", "together", "stacks"), [(False, 2.9, True), (True, 2.7, False), (True, 2.3, True)])
+def test_dense_layers_share_a_sparse_call_only_far_ahead(whole: bool, together: float, stacks: bool) -> None:
+    layers = [SparseLinear.from_format(sparse(8)) for _ in range(3)]
+    alone = Group(layers, [], [Option(("vendor" if whole else "cpu_bitmask",), whole, 0, {1: 1.0})])
+    option = Option(("cpu_bitmask",), False, 0, {1: together})
+    found = _better_together([option], [1], layers, dict.fromkeys(layers, alone))
+    assert found == ([(1, option)] if stacks else [])

@@ -22,6 +22,7 @@ from .packs import Packs, dense_copy, exact, layout_of, step
 from .race import SMALL, Group, Option, Race
 from .stack import MOST_TOKENS, Stack, stacked, views
 
+DENSE_APART = 0.85  # layers that alone run dense share a sparse call only if it is this much ahead: its parts are cut
 KIN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 
@@ -149,7 +150,10 @@ def _better_together(
     ways = []
     for n in sizes:
         best = min(options, key=lambda o: o.times.get(n, math.inf), default=None)
-        if best is None or best.times.get(n, math.inf) > sum(chosen[m].best(n).cost(n) for m in members):
+        apart = [chosen[m].best(n) for m in members]
+        on_cpu_dense = members[0].device.type == "cpu" and all(o.whole for o in apart)
+        limit = sum(o.cost(n) for o in apart) * (DENSE_APART if on_cpu_dense else 1.0)
+        if best is None or best.times.get(n, math.inf) > limit:
             break
         ways.append((n, best))
     return ways

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from . import dispatch, formats, timing
+from . import dispatch, formats, native, timing
 from . import lock as locks
 from .explain import dense_spec, factor_specs, inner_dtype
 from .formats import Format
@@ -25,6 +24,7 @@ SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one sha
 SWEEP_BYTES = {"cpu": 64 << 20, "cuda": 200 << 20}  # more than a cache of one core or one GPU holds
 WORTH = 1.02  # a copy must gain this much somewhere
 EDGE = 0.95  # timings are noisy: a sparse kernel must be this much ahead of a dense copy that is there
+PANELS = 0.9  # the same on the CPU where panels are made dense: they gain little or much, and little is mostly noise
 SMALL = 16  # bytes a row of every factor: offsets and scales do not count as a copy
 
 
@@ -37,10 +37,12 @@ class Option:
     nbytes: int
     times: dict[int, float]  # tokens -> microseconds
     replaces: bool = False  # the stored tensors come back from what it packs
+    many: float = EDGE  # in place of EDGE for more than MAX_TOKENS tokens
 
     def cost(self, tokens: int) -> float:
         """What it is chosen by: its time, for a dense copy a little less, without a time infinite."""
-        return self.times.get(tokens, math.inf) * (EDGE if self.whole else 1.0)
+        edge = self.many if tokens > native.MAX_TOKENS else EDGE
+        return self.times.get(tokens, math.inf) * (edge if self.whole else 1.0)
 
 
 @dataclass
@@ -125,7 +127,7 @@ class Race:
             keep.update({name: each[0] for name, each in packs.items()})
         for n, kernels in missing.items():
             x = torch.randn(n, spec["shape"][1], device=device).to(dtype)
-            runners = {k.name: [partial(_call, k, x, p) for p in packs[k.name]] for k in kernels}
+            runners = {k.name: [partial(k.bind(p.tensors, p.meta, None), x) for p in packs[k.name]] for k in kernels}
             self.book.merge(place, n, timing.race(runners, device))
         times = self.book.times[place]
         sources = {name: replace and packed[0].source(k) is not None for name, k in names.items()}
@@ -136,6 +138,7 @@ class Race:
                 _added(packs[name][0], stored),
                 {n: times[n][name] for n in able if k in able[n]},
                 sources[name],
+                PANELS if device.type == "cpu" else EDGE,
             )
             for name, k in names.items()
         ]
@@ -165,10 +168,6 @@ def _sampled(layer: SparseLinear) -> int:
 def _chained(right: Option, left: Option, sizes: Sequence[int]) -> Option:
     both = {n: right.times[n] + left.times[n] for n in sizes if n in right.times and n in left.times}
     return Option((*right.kernels, *left.kernels), False, right.nbytes + left.nbytes, both)
-
-
-def _call(kernel: type[Kernel], x: Tensor, packed: Packed) -> Tensor:
-    return kernel.run(x, packed.tensors, packed.meta, None)
 
 
 def _added(packed: Packed, stored: set[int]) -> int:

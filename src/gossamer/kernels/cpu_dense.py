@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .. import native
 from ..formats import Format
@@ -42,8 +43,16 @@ class CpuDense(Kernel):
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
-        return native.dense_linear(x, packed[0], bias)
+        few = 0 < x.numel() <= native.MAX_TOKENS * packed[0].shape[1] or x.shape[:-1].numel() <= native.MAX_TOKENS
+        return native.dense_linear(x, packed[0], bias) if few else _many(x, packed[0], bias)
 
     @classmethod
     def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return native.bound_dense_linear(packed[0], bias)
+        few, most = native.bound_dense_linear(packed[0], bias), native.MAX_TOKENS * packed[0].shape[1]
+        return lambda x: few(x) if x.numel() <= most else _many(x, packed[0], bias)
+
+
+def _many(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """More tokens than `refuses` admits to: of a layer that was prepared for few. Right, and no faster than torch."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
