@@ -18,8 +18,8 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-constexpr int64_t slice_chunks = 12;  // whose weights, of 32 rows, leave room in the first-level cache; but up to 16 are
-constexpr int64_t most_chunks = 16;   // better not cut in two where many tokens follow
+constexpr int64_t slice_chunks = 12;  // whose weights, of 32 rows, leave room in the first-level cache; but
+constexpr int64_t most_chunks = 16;   // up to so many are better not cut in two where many tokens follow
 constexpr int64_t group_blocks = 8;   // of tokens, at most, and
 constexpr int64_t group_bytes = 1 << 20;  // which stay in the second-level cache while all panels pass
 constexpr int64_t ahead = 2;          // chunks, from the writing of weights to the reading of a tile
@@ -192,9 +192,10 @@ class Job {
     int8_t* weights = slice.weights[0][0][0];
     if (fresh) {
       for (int64_t c = 0; c < std::min(ahead, chunks); ++c) fresh->expand<8>(weights + 2048 * c);
-      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, [&](int64_t c, int part) __attribute__((always_inline)) {
+      const auto expand = [&](int64_t c, int part) __attribute__((always_inline)) {
         if (c + ahead < chunks) fresh->expand<2>(weights + 2048 * (c + ahead) + 512 * part);
-      });
+      };
+      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, expand);
     }
     int64_t rows = waiting ? waiting->left() : 0;
     if (V == 0 && NB == 64) rows = std::min(rows, panel_rows / 2);
