@@ -350,6 +350,21 @@ def test_a_token_that_is_not_finite_is_nan_and_zeros_are_the_bias(isa: str, toke
     assert torch.allclose(tiny, bias.expand_as(tiny))
 
 
+@pytest.mark.skipif(not _bsr.amx(), reason="no AMX")
+@pytest.mark.parametrize("density", [0.1, 1.0], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("columns", "tokens"), [(900, 150), (1000, 300), (1700, 500), (6000, 400)])
+def test_amx_adds_up_slices_and_groups_of_tokens(columns: int, tokens: int, density: float) -> None:
+    a = BsrInt8.encode(weight((75, columns), density, (4, 1)))
+    x, bias = some(tokens, columns), some(75)
+    for to in (Epilogue(bias=bias, scale=0.1), Epilogue(bias=bias, layout="q", dtype=torch.uint8, scale=0.1, zero=9)):
+        found = {}
+        for isa in ("amx", "avx512"):
+            p = packed(a, isa)
+            y = _bsr.multiply(_bsr.quantise(x, _bsr.layout_of(p.meta, tokens), 0.03), p.tensors, p.meta, to)
+            found[isa] = y if isinstance(y, Tensor) else y.matrix()
+        assert torch.equal(found["amx"], found["avx512"])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_of_zeros(isa: str) -> None:
     dense = weight((30, 50), 0.5, (4, 1))

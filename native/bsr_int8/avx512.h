@@ -316,7 +316,8 @@ class Finish {
       if (to_bytes()) {
         scale = _mm512_mul_ps(scale, set(out.inverse_scale));
         bias = _mm512_fmadd_ps(bias, set(out.inverse_scale), set(static_cast<float>(out.zero)));
-        const __m512 most = _mm512_fmadd_ps(scale, set(static_cast<float>(a.cols) * 255 * 127 * 2), _mm512_abs_ps(bias));
+        const __m512 sum = set(static_cast<float>(a.cols) * 255 * 127 * 2);
+        const __m512 most = _mm512_fmadd_ps(scale, sum, _mm512_abs_ps(bias));
         terms.small = terms.small && _mm512_cmp_ps_mask(most, set(1 << 30), _CMP_LT_OQ) == 0xffff;
       }
       _mm512_store_si512(terms.from + i, _mm512_mullo_epi32(sums, _mm512_set1_epi32(-x.zero)));

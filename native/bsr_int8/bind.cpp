@@ -92,7 +92,8 @@ NB_MODULE(_bsr, m) {
   m.def("amx", [] { return false; }, "Can this process use AMX for int8?");
 #endif
   m.def("count", count, "block_rows"_a, "cols"_a, "block"_a, "starts"_a, "columns"_a, "groups"_a, "windows"_a, nogil,
-        "Checks the columns; writes where the groups and windows of each block row start, int64; gives the bytes of panels.");
+        "Checks the columns; writes where the groups and windows of each block row start, int64; gives the bytes of "
+        "panels.");
   m.def("fill", fill, "block_rows"_a, "cols"_a, "block"_a, "starts"_a, "columns"_a, "data"_a, "panels"_a,
         "groups"_a, "group_data"_a, "offsets"_a, "wide"_a, "windows"_a, "window_data"_a, "index"_a, "base"_a, "sums"_a,
         nogil, "Writes the groups, or where `panels` is not 0 those, the windows and the sums of the rows.");

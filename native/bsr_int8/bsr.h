@@ -39,9 +39,9 @@ struct Windows {
   const int64_t* starts;  // [block rows + 1]
 };
 
-// For matrix units, which multiply zeros, too, in tiles of 16 rows by 64 channels of x in the layout q, which is read for
-// 15 quads past its end. Stored without the zeros, chunks of 64 channels of a panel one after the other, in each of them
-// its block rows: for each the channels that it has, bit by bit, then the weights of its four rows, row by row.
+// For matrix units, which multiply zeros, too, in tiles of 16 rows by 64 channels of x in the layout q, which is read
+// for 15 quads past its end. Stored without the zeros, chunks of 64 channels of a panel one after the other, in each of
+// them its block rows: for each the channels that it has, bit by bit, then the weights of its four rows, row by row.
 struct Panels {
   const int8_t* data;     // int64 [panels], where each one's values start, from `data` on; uint64 [panels][chunks][8];
                           // values, readable for 64 bytes past the last one. Null where there are groups instead

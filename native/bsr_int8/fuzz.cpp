@@ -38,7 +38,9 @@ struct Matrix {
 };
 
 Matrix random_matrix() {
-  Matrix a{below(80), below(5) == 0 ? 8192 + below(200) : below(300), below(2) ? 1 : 4, {0}, {}, {}};
+  const int64_t wide = below(10);
+  const int64_t cols = wide < 2 ? 8192 + below(200) : wide < 4 ? 700 + below(900) : below(300);
+  Matrix a{below(80), cols, below(2) ? 1 : 4, {0}, {}, {}};
   const int64_t across = (a.cols + a.block - 1) / a.block, keep = below(11);
   for (int64_t row = 0; row < (a.rows + 3) / 4; ++row) {
     for (int64_t c = 0; c < across; ++c) {

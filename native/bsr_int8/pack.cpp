@@ -55,7 +55,7 @@ using Columns = std::vector<Column>;
 Columns columns_of(const Blocks& a, int64_t row) {
   Columns found;
   if (row < a.block_rows)
-    each_column(a, row, [&](int64_t at, const int8_t* weights, int64_t stride) { found.push_back({at, weights, stride}); });
+    each_column(a, row, [&](int64_t at, const int8_t* from, int64_t stride) { found.push_back({at, from, stride}); });
   std::reverse(found.begin(), found.end());
   return found;
 }

@@ -1,7 +1,8 @@
 """`bsr_int8` on CPUs with AMX: zeros are multiplied, too, by a matrix unit that is eight times as fast.
 
-For weights that are not sparse enough for `cpu_bsr_int8` to win: it stores the weight as dense int8 tiles. Activations
-are quantised in the same way, so both kernels give the same bits; gossamer.prepare measures which is faster.
+For weights that are not sparse enough for `cpu_bsr_int8` to win: they are stored without zeros and expanded to dense
+int8 tiles in the cache, once for up to 512 tokens. Activations are quantised in the same way, so both kernels give the
+same bits; gossamer.prepare measures which is faster.
 """
 
 from __future__ import annotations
