@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from . import dispatch, formats, native, timing
 from . import lock as locks
@@ -127,7 +128,7 @@ class Race:
             keep.update({name: each[0] for name, each in packs.items()})
         for n, kernels in missing.items():
             x = torch.randn(n, spec["shape"][1], device=device).to(dtype)
-            runners = {k.name: [partial(k.bind(p.tensors, p.meta, None), x) for p in packs[k.name]] for k in kernels}
+            runners = {k.name: [_call(k, x, p) for p in packs[k.name]] for k in kernels}
             self.book.merge(place, n, timing.race(runners, device))
         times = self.book.times[place]
         sources = {name: replace and packed[0].source(k) is not None for name, k in names.items()}
@@ -168,6 +169,13 @@ def _sampled(layer: SparseLinear) -> int:
 def _chained(right: Option, left: Option, sizes: Sequence[int]) -> Option:
     both = {n: right.times[n] + left.times[n] for n in sizes if n in right.times and n in left.times}
     return Option((*right.kernels, *left.kernels), False, right.nbytes + left.nbytes, both)
+
+
+def _call(kernel: type[Kernel], x: Tensor, packed: Packed) -> Callable[[], Tensor]:
+    """As layers call it on the CPU. On a GPU what is timed is captured in a graph, where the way there does not count."""
+    if x.device.type == "cpu":
+        return partial(kernel.bind(packed.tensors, packed.meta, None), x)
+    return partial(kernel.run, x, packed.tensors, packed.meta, None)
 
 
 def _added(packed: Packed, stored: set[int]) -> int:
