@@ -172,7 +172,7 @@ def _chained(right: Option, left: Option, sizes: Sequence[int]) -> Option:
 
 
 def _call(kernel: type[Kernel], x: Tensor, packed: Packed) -> Callable[[], Tensor]:
-    """As layers call it on the CPU. On a GPU what is timed is captured in a graph, where the way there does not count."""
+    """On the CPU as layers call it; on a GPU the way there does not count, as what is timed is captured in a graph."""
     if x.device.type == "cpu":
         return partial(kernel.bind(packed.tensors, packed.meta, None), x)
     return partial(kernel.run, x, packed.tensors, packed.meta, None)
