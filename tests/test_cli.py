@@ -149,6 +149,7 @@ def save_and_be_interrupted(*args):
     signal.raise_signal(signal.SIGINT)
 
 Folder.save = save_and_be_interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would this one
 app(sys.argv[1:])
 """
 
