@@ -26,7 +26,7 @@ INTEGER, FLOAT = 0, 2  # cusparseComputeType
 PLAIN, TRANSPOSED = 0, 1  # cusparseOperation_t
 COLUMNS, ROWS = 1, 2  # cusparseOrder_t
 BIAS = 8  # cusparseLtMatmulDescAttribute_t
-CONFIG, CONFIGS, SPLIT, SPLIT_MODE = 0, 1, 3, 4  # cusparseLtMatmulAlgAttribute_t
+CONFIG, CONFIGS = 0, 1  # cusparseLtMatmulAlgAttribute_t
 ALIGNMENT = 16  # bytes, of every matrix
 MAX_PLANS = 1024
 
@@ -60,11 +60,9 @@ class Problem(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """One of the library's ways to compute a product; 0 in `split` and `mode` leaves them to it."""
+    """One of the library's ways to compute a product, by its number there."""
 
     config: int
-    split: int = 0
-    mode: int = 0
 
 
 def multiple(dtype: torch.dtype) -> int:
@@ -110,10 +108,8 @@ class Plan:
 
     def _select(self, algorithm: Algorithm) -> None:
         call("MatmulAlgSelectionInit", self._handle, self._choice.at, self._product.at, 0)
-        for name, value in zip((CONFIG, SPLIT, SPLIT_MODE), algorithm, strict=True):
-            if value or name == CONFIG:
-                number = ctypes.c_int(value)
-                call("MatmulAlgSetAttribute", self._handle, self._choice.at, name, ctypes.byref(number), 4)
+        number = ctypes.c_int(algorithm.config)
+        call("MatmulAlgSetAttribute", self._handle, self._choice.at, CONFIG, ctypes.byref(number), 4)
 
     def configs(self) -> int:
         """How many there are to choose from."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import driver
 
 OLDEST = (0, 8)  # its structures have 512 bytes
 NAME = "cusparseLt.dll" if os.name == "nt" else "libcusparseLt.so.0"
@@ -48,7 +48,6 @@ def library() -> ctypes.CDLL:
         "MatmulGetWorkspace": [pointer, pointer, pointer],
         "MatmulPlanInit": [pointer] * 4,
         "MatmulPlanDestroy": [pointer],
-        "MatDescriptorDestroy": [pointer],
         "Matmul": [*[pointer] * 10, ctypes.c_int32],
         "SpMMACompressedSize2": [pointer] * 4,
         "SpMMACompress2": [pointer, pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 4],
@@ -75,14 +74,8 @@ def _version(found: ctypes.CDLL) -> tuple[int, int]:
 
 
 def _load() -> ctypes.CDLL:
-    # torch, where it is a CUDA build, has it in memory already; its name suffices then.
-    sites = {Path(torch.__file__).parents[1], *(Path(p) for p in sys.path if p)}
-    folders = [site / "nvidia" / part / "lib" for site in sorted(sites) for part in ("cusparselt", "cu13", "cu12")]
-    for place in [NAME, *(str(folder / NAME) for folder in folders if (folder / NAME).exists())]:
-        try:
-            return ctypes.CDLL(place)
-        except OSError:
-            continue
+    if found := driver.vendor_library([NAME], ["cusparselt", "cu13", "cu12"]):
+        return found
     raise CsltError(f"cuSPARSELt ({NAME}) does not load; {FIX}")
 
 

@@ -63,7 +63,7 @@ def multiply(x: Tensor, x_scale: Tensor, packed: Tensor, scale: Tensor, bias: Te
     rows = len(scale)
     algorithm = _ready("multiply", x, rows, packed, (x_scale, scale), bias)
     y = cslt.matmul(packed, _problem(rows, x), cslt.aligned(x), algorithm)
-    bias = _none(x.device) if bias is None else cslt.aligned(bias.to(torch.bfloat16))
+    bias = nvrtc.null(x.device) if bias is None else cslt.aligned(bias.to(torch.bfloat16))
     grid = len(x), -(-rows // 2048), 1
     SCALE.launch(grid, (256, 1, 1), y, x_scale.contiguous(), cslt.aligned(scale), bias, len(x), rows)
     return y
@@ -124,9 +124,3 @@ def _ready(
 
 def _problem(rows: int, x: Tensor) -> Problem:
     return Problem(rows, x.shape[1], x.shape[0], E4M3, torch.bfloat16)
-
-
-@cache
-def _none(device: torch.device) -> Tensor:
-    """No bias: an empty tensor passes a null pointer."""
-    return torch.empty(0, device=device)

@@ -122,7 +122,7 @@ def _prune_rows(w: Tensor, kind: Kind, scale: Tensor | None, dense: bool) -> tup
     rows, cols = w.shape
     out, pruned = _packed(rows, cols, w), torch.empty_like(w) if dense else None
     function = _rows(w.dtype == torch.bfloat16, kind == "soft", dense)
-    none = _none(w.device)
+    none = nvrtc.null(w.device)
     grid = rows * cols // TILE // TILE, 1, 1
     scale = none if scale is None else scale.float()
     function.launch(grid, (64, 1, 1), w, scale, out, none if pruned is None else pruned, rows, cols)
@@ -177,7 +177,7 @@ def estimate_t(
         estimator = mvue24_exact if exact else mvue24
         return cslt.compress(estimator(g.mT.contiguous(), uniforms, generator))
     tokens, wide = g.shape
-    out, none = _packed(wide, tokens, g), _none(g.device)
+    out, none = _packed(wide, tokens, g), nvrtc.null(g.device)
     kernel = _mvue(g.dtype == torch.bfloat16, 0, False, exact, uniforms is not None)
     seed = none if uniforms is not None else _seed(g.device, generator)
     given = none if uniforms is None else uniforms.float().contiguous()
@@ -215,7 +215,7 @@ def activate_backward(
         _back(*kind).launch(_grid(tokens, wide), (256, 1, 1), z, dh, dz, tokens, wide)
         return dz, None
     out, seed, grid = _packed(z.shape[1], tokens, z), _seed(z.device, generator), (wide // TILE, tokens // TILE, 1)
-    _mvue(*kind).launch(grid, (64 * (1 + gated), 1, 1), z, dh, dz, out, seed, _none(z.device), tokens, wide)
+    _mvue(*kind).launch(grid, (64 * (1 + gated), 1, 1), z, dh, dz, out, seed, nvrtc.null(z.device), tokens, wide)
     return dz, out
 
 
@@ -245,8 +245,3 @@ def _packed(rows: int, cols: int, like: Tensor) -> Tensor:
 
 def _seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device=device).random_(generator=generator)
-
-
-@cache
-def _none(device: torch.device) -> Tensor:
-    return torch.empty(0, device=device)

@@ -7,14 +7,14 @@ brings. Call it from inside an op: torch.compile cannot trace it.
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import driver
 
 NAMES = ("libcusparse.so.12", "libcusparse.so.13", "cusparse64_12.dll")
 ALG1, ALG2, ALG3, BLOCKED_ELL, BSR = 4, 6, 12, 13, 14  # cusparseSpMMAlg_t; rows of a CSR matrix in three ways
@@ -32,14 +32,8 @@ class CusparseError(RuntimeError):
 @cache
 def library() -> ctypes.CDLL:
     """CusparseError if it does not load."""
-    sites = {Path(torch.__file__).parents[1], *(Path(p) for p in sys.path if p)}
-    folders = [site / "nvidia" / part / "lib" for site in sorted(sites) for part in ("cu13", "cusparse")]
-    places = [*NAMES, *(str(f / name) for f in folders for name in NAMES if (f / name).exists())]
-    for place in places:
-        try:
-            return ctypes.CDLL(place)
-        except OSError:
-            continue
+    if found := driver.vendor_library(NAMES, ["cu13", "cusparse"]):
+        return found
     raise CusparseError(f"cuSPARSE does not load; {FIX}")
 
 

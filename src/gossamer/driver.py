@@ -1,12 +1,14 @@
-"""The CUDA driver, as far as `cuda.core` does not reach or costs too much: errors, contexts and launches."""
+"""The CUDA driver, as far as `cuda.core` does not reach or costs too much, and how NVIDIA's libraries are found."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,21 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
         raise LaunchError(f"the CUDA driver does not load: {error}; fix: install the NVIDIA driver") from error
+
+
+def vendor_library(names: Sequence[str], parts: Sequence[str]) -> ctypes.CDLL | None:
+    """A library of NVIDIA's by the first of its file names that loads; `parts`: folders of its wheels.
+
+    torch, where it is a CUDA build, has it in memory already; its name suffices then.
+    """
+    sites = {Path(torch.__file__).parents[1], *(Path(p) for p in sys.path if p)}
+    folders = [site / "nvidia" / part / "lib" for site in sorted(sites) for part in parts]
+    for place in [*names, *(str(f / name) for f in folders for name in names if (f / name).exists())]:
+        try:
+            return ctypes.CDLL(place)
+        except OSError:
+            continue
+    return None
 
 
 @cache

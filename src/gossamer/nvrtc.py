@@ -112,6 +112,12 @@ class Function:
         return driver.function(library, self.entry, self.args, self.shared, self)
 
 
+@cache
+def null(device: torch.device) -> torch.Tensor:
+    """A tensor without elements, which passes a null pointer."""
+    return torch.empty(0, device=device)
+
+
 def refusal(device: torch.device) -> str | None:
     """Why kernels of ours cannot run on this device (it completes "it needs ..."), or None if they can."""
     if device.type != "cuda" or torch.version.cuda is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import nvrtc
 from . import KernelError
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,10 +38,4 @@ def rows_of(name: str, x: Tensor, meta: dict[str, Any], device: torch.device, co
 
 def bias_of(bias: Tensor | None, x: Tensor) -> Tensor:
     """The bias as kernels read it; an empty tensor, which passes a null pointer, where there is none."""
-    return no_bias(x.device) if bias is None else bias.to(x.dtype).contiguous()
-
-
-@cache
-def no_bias(device: torch.device) -> Tensor:
-    """Empty: a kernel gets a null pointer."""
-    return torch.empty(0, device=device)
+    return nvrtc.null(x.device) if bias is None else bias.to(x.dtype).contiguous()

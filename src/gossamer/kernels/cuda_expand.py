@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from .. import nvrtc
 from . import Case, KernelError, Packed
+from ._cuda_operands import dtype_of
 from ._lscd_pack import DEPTH, LINE, STEPS, unpack_matrix
 from .cuda_lscd import CudaLscd
 
@@ -39,8 +40,9 @@ class CudaExpand(CudaLscd):
 
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
-        if x.dtype != _dtype(meta):
-            raise KernelError(f"cuda_expand: packed for {_dtype(meta)}, not {x.dtype}; fix: gossamer.prepare it again")
+        if x.dtype != dtype_of(meta):
+            wanted = dtype_of(meta)
+            raise KernelError(f"cuda_expand: packed for {wanted}, not {x.dtype}; fix: gossamer.prepare it again")
         return linear(x, cls.unpack(packed, meta), None if bias is None else bias.to(x.dtype))
 
     @classmethod
@@ -48,8 +50,8 @@ class CudaExpand(CudaLscd):
         stages, offsets = packed
         rows, cols = meta["rows"], meta["cols"]
         if not stages.is_cuda:
-            return unpack_matrix(stages, offsets, (rows, cols), _dtype(meta), meta["words"])
-        dense = torch.empty(rows, cols, dtype=_dtype(meta), device=stages.device)
+            return unpack_matrix(stages, offsets, (rows, cols), dtype_of(meta), meta["words"])
+        dense = torch.empty(rows, cols, dtype=dtype_of(meta), device=stages.device)
         room, grid = meta["room"][0], (-(-(offsets.numel() - 1) // WARPS), 1, 1)
         sizes = rows, cols, -(-cols // DEPTH), room
         _FUNCTIONS[meta["words"]].launch(grid, (32 * WARPS, 1, 1), stages, offsets, dense, *sizes, shared=WARPS * room)
@@ -65,7 +67,3 @@ class CudaExpand(CudaLscd):
         own = offsets[begin // BLOCK * per_block : -(-end // BLOCK) * per_block + 1]
         first, last = int(own[0]) * LINE, int(own[-1]) * LINE
         return Packed((stages[first:last], own - own[0]), packed.meta | {"rows": end - begin})
-
-
-def _dtype(meta: dict[str, Any]) -> torch.dtype:
-    return torch.bfloat16 if meta["bf16"] else torch.float16

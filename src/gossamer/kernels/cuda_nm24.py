@@ -18,7 +18,7 @@ from ..driver import STATIC_SHARED
 from ..formats import Format
 from ..formats.nm24 import NM
 from . import Case, Kernel, KernelError, Packed
-from ._cuda_operands import DTYPES, bias_of, dtype_of, no_bias, rows_of
+from ._cuda_operands import DTYPES, bias_of, dtype_of, rows_of
 from ._nm24_cut import TILES, WARPS, X_WARPS, Cut, Gpu, Work, best_cut
 from ._nm24_pack import BLOCK, DEPTH, STAGE, pack_matrix, unpack_matrix
 
@@ -87,7 +87,7 @@ class CudaNm24(Kernel):
         """What is the same for every x of one shape is found out once: with few tokens the host takes the longest."""
         stages, ready = packed[0], dict[torch.Size, tuple[Launch, torch.Size]]()
         index, bias = stages.get_device(), None if bias is None else bias.to(dtype_of(meta)).contiguous()
-        held = no_bias(stages.device) if bias is None else bias
+        held = nvrtc.null(stages.device) if bias is None else bias
 
         def product(x: Tensor) -> Tensor:
             found = ready.get(x.shape)
