@@ -190,12 +190,62 @@ def test_a_thread_that_has_not_touched_the_gpu_gets_a_map_of_x(monkeypatch: pyte
     assert entered == [3]
 
 
+@pytest.mark.parametrize("device", [H100, SMALL], ids=["maps", "no maps"])
+@pytest.mark.parametrize("bias", [None, torch.randn(100).bfloat16(), torch.randn(100)], ids=["", "bias", "float32"])
+def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, bias, device: Gpu) -> None:
+    """Shapes that come back take the short way: the same launches, tensors of the same values and shapes."""
+    seen: list[tuple] = []
+
+    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
+        stages, offsets, x, added, y, *sizes, x_map = args
+        y.view(-1, 100).copy_(x.reshape(-1, x.shape[-1])[:, :100])
+        held = [t.data_ptr() for t in (stages, offsets)]
+        seen.append((repr(self), grid, block, held, x.flatten().tolist(), added.tolist(), sizes, x_map, shared))
+
+    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+    monkeypatch.setattr(cuda_lscd, "gpu", lambda index: device)
+    monkeypatch.setattr(cuda_lscd, "tensor_map", lambda index, address, *asked: asked)
+    packed = cuda_lscd.pack_dense(sparse(100, 320, 0.5), False)
+    call = CudaLscd.bind(packed.tensors, packed.meta, bias)
+    ones = torch.ones(8 * 320 + 1).bfloat16()
+    for x in (
+        *(torch.randn(*shape, 320).bfloat16() for shape in ((1,), (1, 1), (3,), (2, 4), (128,), (129,), (300,), (0,))),
+        torch.randn(320, 8).bfloat16().mT,
+        ones[1:].view(8, 320),
+    ):
+        for _ in range(3):
+            begin = len(seen)
+            expected = CudaLscd.run(x, packed.tensors, packed.meta, bias)
+            wanted = seen[begin:]
+            y = call(x)
+            assert y.shape == (*x.shape[:-1], 100) and torch.equal(y, expected)
+            assert seen[begin + len(wanted) :] == wanted
+    with pytest.raises(KernelError, match="x has 256 features"):
+        call(torch.zeros(3, 256).bfloat16())
+
+
+def test_a_bound_product_sees_its_bias_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
+        args[4].copy_(args[3].expand_as(args[4]))
+
+    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+    monkeypatch.setattr(cuda_lscd, "gpu", lambda index: SMALL)
+    packed, x = cuda_lscd.pack_dense(sparse(16, 64, 0.5), False), torch.randn(2, 64).bfloat16()
+    for bias in (torch.zeros(16), torch.zeros(16).bfloat16()):
+        call = CudaLscd.bind(packed.tensors, packed.meta, bias)
+        for value in (1.0, 2.0):
+            bias.fill_(value)
+            assert (call(x) == value).all()
+
+
 def check(a: Tensor, x: Tensor, bias: Tensor | None, words: bool, cut: Cut | None = None) -> None:
     a, x = a.cuda(), x.cuda()
     bias = None if bias is None else bias.cuda()
     packed = cuda_lscd.pack_dense(a, words)
     if cut is None:
         y = CudaLscd.run(x, packed.tensors, packed.meta, bias)
+        bound = CudaLscd.bind(packed.tensors, packed.meta, bias)
+        assert torch.equal(bound(x), y) and torch.equal(bound(x), y)
     else:
         y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
         cuda_lscd.launch(rows_of("test", x, packed.meta, x.device, COLUMNS), packed.tensors, packed.meta, bias, y, cut)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from .. import nvrtc
 from . import KernelError
 
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_SHAPES = 64  # of x, that a layer keeps the short way for
+
+
+class Launch(Protocol):
+    """A launch, all but its tensors: x [N, K] as `rows_of` leaves it, the bias as `bias_of` does, y [N, M]."""
+
+    def run(self, packed: Sequence[Tensor], x: Tensor, bias: Tensor, y: Tensor) -> None: ...
 
 
 def dtype_of(meta: dict[str, Any]) -> torch.dtype:
@@ -39,3 +47,36 @@ def rows_of(name: str, x: Tensor, meta: dict[str, Any], device: torch.device, co
 def bias_of(bias: Tensor | None, x: Tensor) -> Tensor:
     """The bias as kernels read it; an empty tensor, which passes a null pointer, where there is none."""
     return nvrtc.null(x.device) if bias is None else bias.to(x.dtype).contiguous()
+
+
+def by_shape(
+    run: Callable[[Tensor], Tensor],
+    planned: Callable[[int], Launch],
+    packed: Sequence[Tensor],
+    meta: dict[str, Any],
+    bias: Tensor | None,
+    most: int,
+    columns: int,
+) -> Callable[[Tensor], Tensor]:
+    """`run`, but what is the same for every x of one shape is found out once: with few tokens the host takes longest.
+
+    `planned(tokens)` is the one launch for up to `most` tokens, if the weight is whole `columns` wide (`rows_of`).
+    """
+    ready = dict[torch.Size, tuple[Launch, torch.Size]]()
+    index, held = packed[0].get_device(), bias_of(bias, packed[0].new_empty(0, dtype=dtype_of(meta)))
+    if bias is not None and held.data_ptr() != bias.data_ptr():
+        return run  # a copy would not see the bias change
+
+    def product(x: Tensor) -> Tensor:
+        found = ready.get(x.shape)
+        if found and x.is_contiguous() and x.data_ptr() % 16 == 0 and x.get_device() == index:
+            y = x.new_empty(found[1])
+            found[0].run(packed, x, held, y)
+            return y
+        y = run(x)
+        tokens = x.shape[:-1].numel()
+        if 0 < tokens <= most and meta["cols"] % columns == 0 and len(ready) < MAX_SHAPES:
+            ready[x.shape] = planned(tokens), y.shape
+        return y
+
+    return product

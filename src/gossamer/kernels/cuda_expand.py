@@ -6,8 +6,9 @@ since the layout holds the matrix exactly, the stored tensors need not stay besi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,10 @@ class CudaExpand(CudaLscd):
             wanted = dtype_of(meta)
             raise KernelError(f"cuda_expand: packed for {wanted}, not {x.dtype}; fix: gossamer.prepare it again")
         return linear(x, cls.unpack(packed, meta), None if bias is None else bias.to(x.dtype))
+
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return partial(cls.run, packed=packed, meta=meta, bias=bias)
 
     @classmethod
     def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:

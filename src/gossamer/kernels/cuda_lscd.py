@@ -5,9 +5,9 @@ For few tokens, where the time of a product is the time of reading the weight. S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..driver import STATIC_SHARED
 from ..formats import Format
 from ..formats.bitmask import Bitmask
 from . import Case, Kernel, KernelError, Packed
-from ._cuda_operands import DTYPES, bias_of, rows_of
+from ._cuda_operands import DTYPES, bias_of, by_shape, rows_of
 from ._lscd_cut import THREADS, TILES, X_PER_STAGE, Cut, Gpu, Work, best_cut
 from ._lscd_map import COLUMNS, NO_MAP, tensor_map
 from ._lscd_pack import DEPTH, LINE, STEPS, head_bytes, pack_matrix, share_of_items
@@ -90,6 +90,12 @@ class CudaLscd(Kernel):
             launch(flat[part], packed, meta, bias, y[part])
         return y.view(*x.shape[:-1], meta["rows"])
 
+    @classmethod
+    def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        device = gpu(packed[0].get_device())
+        plan = partial(planned, cols=meta["cols"], meta=meta, lines=packed[0].numel() // LINE, device=device)
+        return by_shape(super().bind(packed, meta, bias), plan, packed, meta, bias, device.tokens, COLUMNS)
+
 
 def words_pay(dense: Tensor) -> bool:
     """Whether whole registers are the better items of a matrix: more bytes, but half of the work; for 8 tokens."""
@@ -115,16 +121,35 @@ def launch(
 ) -> None:
     """y [N, M] = x [N, K] A^T + bias, for as many rows of x as one launch takes, whole COLUMNS long (`rows_of`)."""
     tokens, cols = x.shape
-    work, device = work_of(tokens, meta), gpu(x.get_device())
+    call = planned(tokens, cols, meta, packed[0].numel() // LINE, gpu(x.get_device()), cut)
+    call.run(packed, x, bias_of(bias, x), y)
+
+
+class Launch(NamedTuple):
+    """A launch, all but its tensors."""
+
+    kernel: nvrtc.Function
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    sizes: tuple[int, ...]
+    shared: int  # bytes
+    x_map: tuple[int, int, int, int, bool] | None  # what `tensor_map` asks for; no GPU before Hopper has it
+
+    def run(self, packed: Sequence[Tensor], x: Tensor, bias: Tensor, y: Tensor) -> None:
+        x_map = tensor_map(x.get_device(), x.data_ptr(), *self.x_map) if self.x_map else NO_MAP
+        self.kernel.launch(self.grid, self.block, *packed, x, bias, y, *self.sizes, x_map, shared=self.shared)
+
+
+def planned(tokens: int, cols: int, meta: dict[str, Any], lines: int, device: Gpu, cut: Cut | None = None) -> Launch:
+    """The launch for x [tokens, cols], as `rows_of` leaves it, and `lines` of stages; cut as is thought best."""
+    work = work_of(tokens, meta)
     cut = cut or best_cut(work, device)
     grid, block = (work.panels(cut) * cut.cluster, 1, 1), (32 * (cut.warps + 1), 1, 1)
     shares = cut.high, cut.split, cut.ring, cut.x_ring, work.room[cut.pair - 1]
-    sizes = work.rows, cols, tokens, work.deep, *shares, packed[0].numel() // LINE
     kernel = function(work.tiles, meta["bf16"], meta["words"], cut.team, cut.pair, cut.cluster, device.shared)
-    box = 8 * work.tiles, DEPTH // X_PER_STAGE[cut.team]
     # What has clusters has the engine that copies by maps.
-    x_map = tensor_map(x.get_device(), x.data_ptr(), tokens, cols, *box, meta["bf16"]) if device.clusters else NO_MAP
-    kernel.launch(grid, block, *packed, x, bias_of(bias, x), y, *sizes, x_map, shared=work.shared(cut))
+    box = (tokens, cols, 8 * work.tiles, DEPTH // X_PER_STAGE[cut.team], meta["bf16"]) if device.clusters else None
+    return Launch(kernel, grid, block, (work.rows, cols, tokens, work.deep, *shares, lines), work.shared(cut), box)
 
 
 def work_of(tokens: int, meta: dict[str, Any]) -> Work:
