@@ -113,6 +113,32 @@ int64_t first_row(const int64_t* offsets, int64_t rows, int64_t row_cost, int64_
   return low;
 }
 
+// Null if x holds Inf or NaN.
+const float* prepared_many(const X& x, const LinearRows& isa, int threads) {
+  const int64_t panels = (x.tokens + isa.panel - 1) / isa.panel;
+  float* out = scratch(static_cast<size_t>(panels * isa.panel * std::max<int64_t>(1, x.cols)));
+  std::atomic<bool> finite{true};
+  const int64_t steps = std::max<int64_t>(1, (x.cols + step_cols - 1) / step_cols);
+  const int64_t parts = std::min(steps, parts_for(x.cols * x.tokens * 4, threads));
+  const auto cut = [&](int64_t i) { return i == parts ? x.cols : x.cols * i / parts / step_cols * step_cols; };
+  parallel_parts(parts, [&](int64_t i) {
+    const void* from = reinterpret_cast<const void*>(x.data);
+    if (!isa.prepare_many(from, x.type, x.row_stride_bytes, x.cols, x.tokens, cut(i), cut(i + 1), out)) finite = false;
+  });
+  return finite ? out : nullptr;
+}
+
+void run_many(const LinearJob& job, LinearRows::Rows kernel, int64_t tokens, int threads) {
+  // In bytes that would take as long to read: a value is multiplied by every token, a row has its sums.
+  const int64_t value_cost = tokens / 4, row_cost = job.cols / 8 + tokens * 8;
+  const int64_t bytes = job.offsets[job.rows] * value_cost + job.rows * row_cost;
+  const int64_t parts = parts_for(bytes, threads);
+  in_steps(
+      job.rows, bytes, parts,
+      [&](int64_t i) { return first_row(job.offsets, job.rows, row_cost, value_cost, i, parts); },
+      [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
 #ifdef GOSSAMER_X86
 bool on_amx(const X& x, Float weights) {
   return weights == Float::bf16 && x.type == Float::bf16 && x.tokens >= amx_tokens && x.cols > 0 &&
@@ -169,6 +195,34 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
       rows, bytes, parts,
       [&](int64_t i) { return first_row(job.offsets, rows, row_cost, value_cost, i, parts); },
       [&](int64_t begin, int64_t end) { run_rows(job, isa.bitmask[type], isa.group, begin, end); });
+}
+
+bool bitmask_many(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols, uintptr_t x,
+                  int x_type, int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type, uintptr_t y,
+                  int threads) {
+  const LinearRows& isa = kernels();
+  LinearJob job{reinterpret_cast<const uint8_t*>(mask),
+                reinterpret_cast<const void*>(values),
+                reinterpret_cast<const int64_t*>(offsets),
+                rows,
+                cols,
+                nullptr,
+                tokens,
+                reinterpret_cast<const void*>(bias),
+                static_cast<Float>(bias_type),
+                reinterpret_cast<void*>(y),
+                static_cast<Float>(x_type)};
+  const int64_t at_once = many_panels * isa.panel;
+  for (int64_t t = 0; t < tokens; t += at_once) {
+    const X input{x + t * x_row_stride_bytes, job.y_type, x_row_stride_bytes, std::min(tokens - t, at_once), cols};
+    LinearJob of_panels = job;
+    of_panels.tokens = input.tokens;
+    of_panels.y = static_cast<char*>(job.y) + t * rows * bytes_of(job.y_type);
+    of_panels.x = prepared_many(input, isa, threads);
+    if (!of_panels.x) return false;
+    run_many(of_panels, isa.many[type], input.tokens, threads);
+  }
+  return true;
 }
 
 void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintptr_t x, int x_type,
