@@ -69,9 +69,9 @@ void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintpt
 
 // The same for any number of tokens, without multiplying zeros: false where x holds Inf or NaN, which a zero does not
 // take away, and y is not to be used.
-bool bitmask_many(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols, uintptr_t x,
-                  int x_type, int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type, uintptr_t y,
-                  int threads);
+bool bitmask_many(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols,
+                  uintptr_t x, int x_type, int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type,
+                  uintptr_t y, int threads);
 
 // The sum of a buffer's 64-bit words, modulo 2^64: reads memory as fast as it can be read.
 uint64_t sum_words(uintptr_t buffer, int64_t bytes, int threads);

@@ -74,19 +74,16 @@ inline void turn(const float (*square)[side], int cols, float* to, int64_t strid
     if (i < cols) _mm512_storeu_si512(to + i * stride, v[i]);
 }
 
-inline __m512i counted(uint16_t first, uint16_t each) {
-  alignas(64) uint16_t lane[32];
-  for (uint16_t i = 0; i < 32; ++i) lane[i] = i;
-  const __m512i from = _mm512_set1_epi16(static_cast<int16_t>(first));
-  return _mm512_add_epi16(from, _mm512_mullo_epi16(_mm512_load_si512(lane), _mm512_set1_epi16(static_cast<int16_t>(each))));
-}
+inline __m512i all16(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
 
 inline int64_t places(uint64_t bits, uint16_t first, uint16_t each, uint16_t* out) {
-  const uint32_t low = static_cast<uint32_t>(bits);
-  const __m512i here = counted(first, each);
-  const __m512i next = _mm512_add_epi16(here, _mm512_set1_epi16(static_cast<int16_t>(32 * each)));
+  alignas(64) uint16_t lane[32];
+  for (uint16_t i = 0; i < 32; ++i) lane[i] = i;
+  const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+  const __m512i here = _mm512_add_epi16(all16(first), _mm512_mullo_epi16(_mm512_load_si512(lane), all16(each)));
+  const __m512i next = _mm512_add_epi16(here, all16(32 * each));
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(low, here));
-  _mm512_storeu_si512(out + __builtin_popcount(low), _mm512_maskz_compress_epi16(static_cast<uint32_t>(bits >> 32), next));
+  _mm512_storeu_si512(out + __builtin_popcount(low), _mm512_maskz_compress_epi16(high, next));
   return __builtin_popcountll(bits);
 }
 

@@ -12,6 +12,7 @@
 //     static void widen(Raw, Vec* w);
 //     static constexpr int column(int i);        // which column of the block lane i of the widened block holds
 //   };
+// and what many_rows.h asks for.
 // Everything here is anonymous too: were it shared, the linker could keep the AVX-512 copy for every CPU.
 // No #pragma once for the same reason.
 #include <cstdint>

@@ -15,21 +15,22 @@ namespace {
 constexpr int panel_vecs = 4, panel_tokens = panel_vecs * lanes;
 constexpr int64_t block_bytes = 32768;
 constexpr int64_t block_cols = block_bytes / (panel_tokens * int64_t{sizeof(float)});
-constexpr int many_rows = 64;  // a tile
-constexpr int unrolled = 4;    // non-zeros
+constexpr int spelled_rows = 64;  // a tile
+constexpr int unrolled = 4;       // non-zeros
 static_assert(block_cols * panel_tokens <= 65536 && block_cols % 64 == 0);
 
 // The non-zeros of a tile in a block of columns; those of a row are filled up to a multiple of four.
 struct Spelled {
-  float values[many_rows * block_cols + 64];  // what is written ahead of its time may be up to 64
-  uint16_t places[many_rows * block_cols + 64];  // in floats, from the block of x
-  int32_t begin[many_rows + 1];
+  static constexpr int64_t room = spelled_rows * block_cols + 64;  // up to 64 are written ahead of their time
+  float values[room];
+  uint16_t places[room];  // in floats, from the block of x
+  int32_t begin[spelled_rows + 1];
 };
 
 template <class T>
 struct RowsLeft {
-  const uint8_t* mask[many_rows];
-  const T* values[many_rows];
+  const uint8_t* mask[spelled_rows];
+  const T* values[spelled_rows];
   const T* end;  // of all values
 };
 
@@ -80,6 +81,7 @@ GOSSAMER_INLINE void widen(const T* from, float* to) {
   for (int j = 0; j < side; ++j) to[j] = widened(row[j]);
 }
 
+// The next `cols` columns of a tile's rows, which are then left behind.
 template <class T>
 void spell(RowsLeft<T>& left, int rows, int64_t cols, Spelled& tile) {
   int32_t n = 0;
@@ -119,8 +121,8 @@ GOSSAMER_INLINE void put_row(const float* sums, const float* bias, int n, Y* y) 
 
 // The sums are [panels][rows of the tile][panel_tokens], y is [tokens][rows].
 template <class Y>
-void finish_tile(const LinearJob& job, int64_t row, int rows, const float (*sums)[many_rows][panel_tokens]) {
-  alignas(64) float square[side][side], turned[side][side], bias[many_rows] = {};
+void finish_tile(const LinearJob& job, int64_t row, int rows, const float (*sums)[spelled_rows][panel_tokens]) {
+  alignas(64) float square[side][side], turned[side][side], bias[spelled_rows] = {};
   if (job.bias)
     for (int r = 0; r < rows; ++r) bias[r] = to_float(job.bias, job.bias_type, row + r);
   for (int64_t t = 0; t < job.tokens; t += side)
@@ -179,14 +181,15 @@ bool prepare_many(const void* x, Float type, int64_t row_stride_bytes, int64_t c
                                                                       out);
 }
 
+// job.x is as prepare_many leaves it, of at most many_panels.
 template <class T>
 void many(const LinearJob& job, int64_t begin, int64_t end) {
   alignas(64) Spelled tile;
-  alignas(64) float sums[many_panels][many_rows][panel_tokens];
+  alignas(64) float sums[many_panels][spelled_rows][panel_tokens];
   RowsLeft<T> left;
   left.end = static_cast<const T*>(job.values) + job.offsets[job.rows];
-  for (; begin < end; begin += many_rows) {
-    const int rows = static_cast<int>(end - begin < many_rows ? end - begin : many_rows);
+  for (; begin < end; begin += spelled_rows) {
+    const int rows = static_cast<int>(end - begin < spelled_rows ? end - begin : spelled_rows);
     for (int r = 0; r < rows; ++r) {
       left.mask[r] = job.mask + (begin + r) * ((job.cols + 7) / 8);
       left.values[r] = static_cast<const T*>(job.values) + job.offsets[begin + r];
