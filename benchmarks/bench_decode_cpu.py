@@ -189,12 +189,12 @@ def named(cells: dict[tuple[float, int, str], float]) -> dict[str, float]:
 
 
 def passes(runners: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every pass of every runner: in turns, at least 9 each, every turn starting with another runner."""
+    """Seconds of every pass of every runner: in turns, at least 21 each, every turn starting with another runner."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     names, stop = list(runners), time.perf_counter() + seconds
     for run in runners.values():
         run()
-    while len(times[names[0]]) < 9 or time.perf_counter() < stop:
+    while len(times[names[0]]) < 21 or time.perf_counter() < stop:
         for name in names:
             start = time.perf_counter()
             runners[name]()

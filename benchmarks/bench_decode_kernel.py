@@ -1,19 +1,22 @@
-"""The CPU decode kernels alone, against the read bandwidth of the machine and against dense products.
+"""The CPU kernels alone, against the read bandwidth of the machine and against dense products.
 
     python benchmarks/bench_decode_kernel.py --out FOLDER
 
 Weights are cold: every call takes the next of many matrices that together exceed the last-level cache. Summary
 "bandwidth_share": compressed bytes a second of `cpu_bitmask` (one token, bfloat16 weights) / bytes a second of a plain
 read loop over memory of the same kind, taken in turns. Measured lines: `cpu_bitmask` against `cpu_dense` and
-`F.linear` at the linear shapes of SmolLM2-135M, cold, and in one sweep over all its layers.
+`F.linear` at the linear shapes of SmolLM2-135M, cold, and in one sweep over all its layers; `many` is
+`cpu_bitmask_many` (bfloat16 weights, float32 x) against `F.linear` in float32, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,14 +27,18 @@ from gossamer import native
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.dense import Dense
 from gossamer.kernels.cpu_bitmask import CpuBitmask
+from gossamer.kernels.cpu_bitmask_many import CpuBitmaskMany
 from gossamer.kernels.cpu_dense import CpuDense
 from gossamer.packs import settled
+from gossamer.timing import race
 from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"
 COLD_BYTES = 640 << 20  # of weights, in rotation
 BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 HEAD = (49152, 576)
+MANY = [*dict.fromkeys(BLOCK), (2048, 2048), (4096, 4096)]
+MANY_BYTES = 128 << 20  # of dense weights that one turn of `many` runs through
 LAYERS = 30
 Call = Callable[[Tensor], object]
 
@@ -126,8 +133,20 @@ def sweep(sparsity: float, spend: float) -> dict[str, tuple[float, float]]:
     return found
 
 
-def record(path: Path, case: dict, found: dict[str, tuple[float, float]]) -> None:
-    ours, spread = found.pop("cpu_bitmask")
+def many(shape: tuple[int, int], tokens: int, sparsity: float, spend: float) -> dict[str, tuple[float, float]]:
+    """Microseconds a call of `tokens` tokens in float32; no spread, as turns are not kept."""
+    x, ours, dense = torch.randn(tokens, shape[1]), [], []
+    for _ in range(max(2, MANY_BYTES // (4 * shape[0] * shape[1]))):
+        a = sparse(shape, sparsity)
+        packed = settled(CpuBitmaskMany, Bitmask.encode(a), torch.float32)
+        ours.append(partial(CpuBitmaskMany.bind(packed.tensors, packed.meta, None), x))
+        dense.append(partial(torch_call(a, torch.float32), x))
+    found = race({"cpu_bitmask_many": ours, "torch fp32": dense}, torch.device("cpu"), spend / 2)
+    return {name: (value, 0.0) for name, value in found.items()}
+
+
+def record(path: Path, case: dict, found: dict[str, tuple[float, float]], mine: str = "cpu_bitmask") -> None:
+    ours, spread = found.pop(mine)
     for name, (value, _) in found.items():
         line = {"bench": "decode_cpu", "case": case, "ours": ours, "baseline": name, "baseline_value": value}
         append(path, line | {"unit": "us", "ratio": value / ours, "spread": spread} | environment())
@@ -137,9 +156,10 @@ def record(path: Path, case: dict, found: dict[str, tuple[float, float]]) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--parts", nargs="*", default=["share", "cold", "sweep"])
+    parser.add_argument("--parts", nargs="*", default=["share", "cold", "sweep", "many"])
     parser.add_argument("--sparsities", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[32, 64, 128, 512], help="of `many`")
     parser.add_argument("--spend", type=float, default=2.0, help="seconds of each timing")
     args = parser.parse_args()
     path = args.out / "decode_cpu.jsonl"
@@ -158,6 +178,10 @@ def main() -> None:
                     record(path, case | {"shape": list(shape), "variant": "cold"}, cold(shape, sparsity, args.spend))
             if "sweep" in args.parts:
                 record(path, case | {"variant": "sweep"}, sweep(sparsity, args.spend))
+            for shape, tokens in itertools.product(MANY if "many" in args.parts else (), args.tokens):
+                found = many(shape, tokens, sparsity, args.spend)
+                this = case | {"shape": list(shape), "tokens": tokens, "variant": "many"}
+                record(path, this, found, "cpu_bitmask_many")
 
 
 if __name__ == "__main__":

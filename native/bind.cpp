@@ -36,6 +36,9 @@ NB_MODULE(_native, m) {
   m.def("bitmask_linear", bitmask_linear, "mask"_a, "values"_a, "offsets"_a, "type"_a, "rows"_a, "cols"_a, "x"_a,
         "x_type"_a, "x_row_stride_bytes"_a, "tokens"_a, "bias"_a, "bias_type"_a, "y"_a, "threads"_a, nogil,
         "y [tokens, rows] = x A^T + bias; tokens 1 to 16, types 0 = float32, 1 = bfloat16, y's that of x.");
+  m.def("bitmask_many", bitmask_many, "mask"_a, "values"_a, "offsets"_a, "type"_a, "rows"_a, "cols"_a, "x"_a, "x_type"_a,
+        "x_row_stride_bytes"_a, "tokens"_a, "bias"_a, "bias_type"_a, "y"_a, "threads"_a, nogil,
+        "bitmask_linear of any number of tokens that multiplies no zeros; False, and no y, where x is not finite.");
   m.def("dense_linear", dense_linear, "weight"_a, "type"_a, "rows"_a, "cols"_a, "x"_a, "x_type"_a,
         "x_row_stride_bytes"_a, "tokens"_a, "bias"_a, "bias_type"_a, "y"_a, "threads"_a, nogil,
         "bitmask_linear of a dense [rows, cols].");

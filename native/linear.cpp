@@ -54,6 +54,22 @@ const float* prepared(const X& x, LinearRows::Prepare prepare) {
   return out;
 }
 
+// Without its x; a dense matrix has no mask and no offsets.
+LinearJob job_of(uintptr_t mask, uintptr_t values, uintptr_t offsets, int64_t rows, int64_t cols, int64_t tokens,
+                 uintptr_t bias, int bias_type, uintptr_t y, int y_type) {
+  return {reinterpret_cast<const uint8_t*>(mask),
+          reinterpret_cast<const void*>(values),
+          reinterpret_cast<const int64_t*>(offsets),
+          rows,
+          cols,
+          nullptr,
+          tokens,
+          reinterpret_cast<const void*>(bias),
+          static_cast<Float>(bias_type),
+          reinterpret_cast<void*>(y),
+          static_cast<Float>(y_type)};
+}
+
 void check_tokens(int64_t tokens) {
   if (tokens < 1 || tokens > max_tokens) throw std::invalid_argument("tokens must be 1 to 16");
 }
@@ -113,6 +129,32 @@ int64_t first_row(const int64_t* offsets, int64_t rows, int64_t row_cost, int64_
   return low;
 }
 
+// In the order that LinearRows::many takes; null if x holds Inf or NaN.
+const float* prepared_many(const X& x, const LinearRows& isa, int threads) {
+  const int64_t panels = (x.tokens + isa.panel - 1) / isa.panel;
+  float* out = scratch(static_cast<size_t>(panels * isa.panel * std::max<int64_t>(1, x.cols)));
+  std::atomic<bool> finite{true};
+  const int64_t steps = std::max<int64_t>(1, (x.cols + step_cols - 1) / step_cols);
+  const int64_t parts = std::min(steps, parts_for(x.cols * x.tokens * 4, threads));
+  const auto cut = [&](int64_t i) { return i == parts ? x.cols : x.cols * i / parts / step_cols * step_cols; };
+  parallel_parts(parts, [&](int64_t i) {
+    const void* from = reinterpret_cast<const void*>(x.data);
+    if (!isa.prepare_many(from, x.type, x.row_stride_bytes, x.cols, x.tokens, cut(i), cut(i + 1), out)) finite = false;
+  });
+  return finite ? out : nullptr;
+}
+
+void run_many(const LinearJob& job, LinearRows::Rows kernel, int threads) {
+  // In bytes that would take as long to read: a value is multiplied by every token, a row has its sums.
+  const int64_t value_cost = job.tokens / 4, row_cost = job.cols / 8 + job.tokens * 8;
+  const int64_t bytes = job.offsets[job.rows] * value_cost + job.rows * row_cost;
+  const int64_t parts = parts_for(bytes, threads);
+  in_steps(
+      job.rows, bytes, parts,
+      [&](int64_t i) { return first_row(job.offsets, job.rows, row_cost, value_cost, i, parts); },
+      [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
 #ifdef GOSSAMER_X86
 bool on_amx(const X& x, Float weights) {
   return weights == Float::bf16 && x.type == Float::bf16 && x.tokens >= amx_tokens && x.cols > 0 &&
@@ -143,17 +185,7 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
   check_tokens(tokens);
   const LinearRows& isa = kernels();
   const X input{x, static_cast<Float>(x_type), x_row_stride_bytes, tokens, cols};
-  LinearJob job{reinterpret_cast<const uint8_t*>(mask),
-                reinterpret_cast<const void*>(values),
-                reinterpret_cast<const int64_t*>(offsets),
-                rows,
-                cols,
-                nullptr,
-                tokens,
-                reinterpret_cast<const void*>(bias),
-                static_cast<Float>(bias_type),
-                reinterpret_cast<void*>(y),
-                input.type};
+  LinearJob job = job_of(mask, values, offsets, rows, cols, tokens, bias, bias_type, y, x_type);
   __builtin_prefetch(job.offsets + rows);  // the work is cut by what stands there
   __builtin_prefetch(job.offsets + rows / 2);
 #ifdef GOSSAMER_X86
@@ -171,23 +203,32 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
       [&](int64_t begin, int64_t end) { run_rows(job, isa.bitmask[type], isa.group, begin, end); });
 }
 
+bool bitmask_many(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols,
+                  uintptr_t x, int x_type, int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type,
+                  uintptr_t y, int threads) {
+  const LinearRows& isa = kernels();
+  LinearJob job = job_of(mask, values, offsets, rows, cols, tokens, bias, bias_type, y, x_type);
+  const int64_t at_once = many_panels * isa.panel;
+  for (int64_t t = 0; t < tokens; t += at_once) {
+    const X input{x + t * x_row_stride_bytes, job.y_type, x_row_stride_bytes, std::min(tokens - t, at_once), cols};
+    LinearJob of_panels = job;
+    of_panels.tokens = input.tokens;
+    of_panels.y = static_cast<char*>(job.y) + t * rows * bytes_of(job.y_type);
+    of_panels.x = prepared_many(input, isa, threads);
+    if (!of_panels.x) return false;
+    run_many(of_panels, isa.many[type], threads);
+  }
+  return true;
+}
+
 void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintptr_t x, int x_type,
                   int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type, uintptr_t y,
                   int threads) {
   check_tokens(tokens);
   const LinearRows& isa = kernels();
   const X input{x, static_cast<Float>(x_type), x_row_stride_bytes, tokens, cols};
-  const LinearJob job{nullptr,
-                      reinterpret_cast<const void*>(weight),
-                      nullptr,
-                      rows,
-                      cols,
-                      prepared(input, isa.prepare[type]),
-                      tokens,
-                      reinterpret_cast<const void*>(bias),
-                      static_cast<Float>(bias_type),
-                      reinterpret_cast<void*>(y),
-                      input.type};
+  LinearJob job = job_of(0, weight, 0, rows, cols, tokens, bias, bias_type, y, x_type);
+  job.x = prepared(input, isa.prepare[type]);
   const int64_t bytes = rows * cols * bytes_of(static_cast<Float>(type));
   const int64_t parts = std::max<int64_t>(1, std::min(rows, parts_for(bytes, threads)));
   in_steps(

@@ -1,4 +1,4 @@
-// y = x A^T + bias for a few tokens, A [rows, cols] either a bitmask matrix or dense; float32 accumulation throughout.
+// y = x A^T + bias, A [rows, cols] either a bitmask matrix or dense; float32 accumulation throughout.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@ namespace gossamer {
 
 constexpr int max_tokens = 16;
 constexpr int max_group = 8;  // tokens that one pass over a row takes
+constexpr int many_panels = 2;
 constexpr int64_t step_cols = 64;  // x is padded with zeros to a multiple of this
 
 enum class Float : int { f32, bf16 };  // what tensors hold; the index of the tables below
@@ -36,6 +37,11 @@ struct LinearRows {
   int group;  // tokens a pass, at most max_group
   Rows bitmask[2][max_group];
   Rows dense[2][max_group];
+  // For many tokens; x is [panels of tokens][cols][panel], padded with anything finite. Is what was prepared finite?
+  bool (*prepare_many)(const void* x, Float type, int64_t row_stride_bytes, int64_t cols, int64_t tokens,
+                       int64_t begin_col, int64_t end_col, float* out);
+  int panel;  // tokens
+  Rows many[2];  // of at most many_panels
   uint64_t (*sum)(const void* words, int64_t bytes);
 };
 
@@ -60,6 +66,12 @@ void bitmask_linear(uintptr_t mask, uintptr_t values, uintptr_t offsets, int typ
                     uintptr_t y, int threads);
 void dense_linear(uintptr_t weight, int type, int64_t rows, int64_t cols, uintptr_t x, int x_type,
                   int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type, uintptr_t y, int threads);
+
+// The same for any number of tokens, without multiplying zeros: false where x holds Inf or NaN, which a zero does not
+// take away, and y is not to be used.
+bool bitmask_many(uintptr_t mask, uintptr_t values, uintptr_t offsets, int type, int64_t rows, int64_t cols,
+                  uintptr_t x, int x_type, int64_t x_row_stride_bytes, int64_t tokens, uintptr_t bias, int bias_type,
+                  uintptr_t y, int threads);
 
 // The sum of a buffer's 64-bit words, modulo 2^64: reads memory as fast as it can be read.
 uint64_t sum_words(uintptr_t buffer, int64_t bytes, int threads);

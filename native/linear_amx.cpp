@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "amx.h"
+#include "avx512_transpose.h"
 #include "linear.h"
 
 namespace gossamer {
@@ -14,7 +15,7 @@ namespace {
 #define GOSSAMER_INLINE [[gnu::always_inline]] inline
 #define GOSSAMER_UNROLL _Pragma("GCC unroll 16")
 
-constexpr int side = 16, tile_cols = 32;
+constexpr int tile_cols = 32;
 constexpr int64_t far_bytes = 16384;  // how far ahead of their use values are fetched towards the second-level cache
 
 using Tile = uint16_t[side][tile_cols];
@@ -32,35 +33,6 @@ struct alignas(64) Config {
 };
 
 inline uint32_t first(int64_t n) { return n <= 0 ? 0 : ~uint32_t{0} >> (n >= 32 ? 0 : 32 - n); }
-
-// Where lanes come from when two registers swap blocks of `step` lanes: the upper of the first, the lower of the second.
-struct Swap {
-  alignas(64) int32_t low[side], high[side];
-
-  constexpr explicit Swap(int step) : low(), high() {
-    for (int i = 0; i < side; ++i) {
-      low[i] = i & step ? side + i - step : i;
-      high[i] = i & step ? side + i : i + step;
-    }
-  }
-};
-
-constexpr Swap swaps[] = {Swap(8), Swap(4), Swap(2), Swap(1)};
-
-GOSSAMER_INLINE void transpose(__m512i* v) {
-  GOSSAMER_UNROLL
-  for (int s = 0; s < 4; ++s) {
-    const __m512i low = _mm512_load_si512(swaps[s].low), high = _mm512_load_si512(swaps[s].high);
-    const int step = 8 >> s;
-    GOSSAMER_UNROLL
-    for (int i = 0; i < side; ++i)
-      if (!(i & step)) {
-        const __m512i one = v[i], other = v[i + step];
-        v[i] = _mm512_permutex2var_epi32(one, low, other);
-        v[i + step] = _mm512_permutex2var_epi32(one, high, other);
-      }
-  }
-}
 
 // 16 rows of the matrix, being expanded from left to right.
 struct Rows {

@@ -14,6 +14,8 @@ constexpr int lanes = 8, group = 4, most_rows = 1;
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec broadcast(const float* p) { return _mm256_set1_ps(*p); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -68,6 +70,7 @@ struct Block<uint16_t> {
 }  // namespace
 }  // namespace gossamer
 
+#include "many_plain.h"
 #include "linear_rows.h"
 
 const gossamer::LinearRows gossamer::linear_avx2 = gossamer::linear_rows;

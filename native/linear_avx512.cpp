@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "avx512_transpose.h"
+
 namespace gossamer {
 namespace {
 
@@ -12,6 +14,8 @@ constexpr int lanes = 16, group = 8, most_rows = 4;
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
@@ -59,6 +63,29 @@ struct Block<uint16_t> {
 
   static constexpr int column(int i) { return i % 16 * 2 + i / 16; }
 };
+
+inline void turn(const float (*square)[side], int cols, float* to, int64_t stride) {
+  __m512i v[side];
+  _Pragma("GCC unroll 16")
+  for (int i = 0; i < side; ++i) v[i] = _mm512_load_si512(square[i]);
+  transpose(v);
+  _Pragma("GCC unroll 16")
+  for (int i = 0; i < side; ++i)
+    if (i < cols) _mm512_storeu_si512(to + i * stride, v[i]);
+}
+
+inline __m512i all16(int value) { return _mm512_set1_epi16(static_cast<int16_t>(value)); }
+
+inline int64_t places(uint64_t bits, uint16_t first, uint16_t each, uint16_t* out) {
+  alignas(64) uint16_t lane[32];
+  for (uint16_t i = 0; i < 32; ++i) lane[i] = i;
+  const uint32_t low = static_cast<uint32_t>(bits), high = static_cast<uint32_t>(bits >> 32);
+  const __m512i here = _mm512_add_epi16(all16(first), _mm512_mullo_epi16(_mm512_load_si512(lane), all16(each)));
+  const __m512i next = _mm512_add_epi16(here, all16(32 * each));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(low, here));
+  _mm512_storeu_si512(out + __builtin_popcount(low), _mm512_maskz_compress_epi16(high, next));
+  return __builtin_popcountll(bits);
+}
 
 }  // namespace
 }  // namespace gossamer

@@ -12,6 +12,7 @@
 //     static void widen(Raw, Vec* w);
 //     static constexpr int column(int i);        // which column of the block lane i of the widened block holds
 //   };
+// and what many_rows.h asks for.
 // Everything here is anonymous too: were it shared, the linker could keep the AVX-512 copy for every CPU.
 // No #pragma once for the same reason.
 #include <cstdint>
@@ -417,6 +418,14 @@ inline uint64_t sum_of_words(const void* words, int64_t bytes) {
   return total;
 }
 
+}  // namespace
+}  // namespace gossamer
+
+#include "many_rows.h"
+
+namespace gossamer {
+namespace {
+
 // The entries past the group of this ISA are never called.
 template <int tokens>
 constexpr int in_group = tokens < group ? tokens : group;
@@ -430,6 +439,9 @@ constexpr LinearRows linear_rows = {
     group,
     {GOSSAMER_TOKENS(bitmask_rows, uint32_t), GOSSAMER_TOKENS(bitmask_rows, uint16_t)},
     {GOSSAMER_TOKENS(dense_rows, uint32_t), GOSSAMER_TOKENS(dense_rows, uint16_t)},
+    prepare_many,
+    panel_tokens,
+    {many<uint32_t>, many<uint16_t>},
     sum_of_words,
 };
 

@@ -19,6 +19,14 @@ inline Vec load(const float* p) {
   return x;
 }
 
+inline Vec broadcast(const float* p) {
+  Vec x;
+  for (float& lane : x.lane) lane = *p;
+  return x;
+}
+
+inline void store(float* p, const Vec& a) { std::memcpy(p, a.lane, sizeof a.lane); }
+
 inline Vec add(Vec a, const Vec& b) {
   for (int i = 0; i < lanes; ++i) a.lane[i] += b.lane[i];
   return a;
@@ -77,6 +85,7 @@ struct Block {
 }  // namespace gossamer
 
 #define GOSSAMER_UNROLL  // without vector registers it would be a thousand operations, and minutes of compilation
+#include "many_plain.h"
 #include "linear_rows.h"
 
 const gossamer::LinearRows gossamer::linear_scalar = gossamer::linear_rows;

@@ -1,4 +1,4 @@
-"""cpu_bitmask against float64, on every instruction set of this CPU."""
+"""cpu_bitmask and cpu_bitmask_many against float64, on every instruction set of this CPU."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,11 +16,13 @@ from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.dense import Dense
 from gossamer.kernels import Case, Kernel, KernelError, cpu_bitmask
 from gossamer.kernels.cpu_bitmask import CpuBitmask
+from gossamer.kernels.cpu_bitmask_many import CpuBitmaskMany
 from gossamer.kernels.cpu_dense import CpuDense
 
 ISAS = native.isas()
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = [*range(1, 18), 40]
+MANY = [17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 300]
 SHAPES = [(1, 1), (3, 7), (1, 100), (17, 129), (33, 64), (20, 577), (40, 1100)]
 KERNELS: list[tuple[type[Kernel], type[Format]]] = [(CpuBitmask, Bitmask), (CpuDense, Dense)]
 
@@ -47,6 +49,14 @@ def linear(x: Tensor, a: Tensor, bias: Tensor | None = None, kernel: Any = CpuBi
     return kernel.run(x, packed.tensors, packed.meta, bias)
 
 
+def many(x: Tensor, a: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Without the way back to panels, which would be right, too."""
+    values, mask, offsets = CpuBitmaskMany.pack(Bitmask.encode(a), x.dtype).tensors
+    y = native.bitmask_many(x, values, mask, offsets, a.shape[1], bias)
+    assert y is not None
+    return y
+
+
 def check(y: Tensor, x: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
     want = x.double() @ a.double().mT
     want = want if bias is None else want + bias.double()
@@ -68,8 +78,18 @@ def test_product(isa: str, shape: tuple[int, int], dtype: torch.dtype, x_dtype: 
             check(linear(x, a, bias), x, a, bias)
 
 
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 64), (65, 128)], ids=str)
+def test_product_of_many(isa: str, shape: tuple[int, int], dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    for i, tokens in enumerate(MANY):
+        x, a = some((tokens, shape[1]), x_dtype), sparse(shape, [0.0, 0.5, 1.0, 0.1, 0.9][i % 5], dtype, i)
+        bias = some((shape[0],), DTYPES[i % 2]) if i % 3 else None
+        check(many(x, a, bias), x, a, bias)
+
+
 @given(
-    st.integers(0, 40), st.integers(0, 300), st.floats(0, 1), st.integers(0, 20),
+    st.integers(0, 90), st.integers(0, 300), st.floats(0, 1), st.integers(0, 140),
     st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 2**32),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
@@ -82,6 +102,7 @@ def test_any_shape(
         for name in ISAS:
             native.set_isa(name)
             check(linear(x, a), x, a)
+            check(many(x, a), x, a)
     finally:
         native.set_isa(before)
 
@@ -90,6 +111,7 @@ def test_any_shape(
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     a, x = sparse((40, 96), 0.5, torch.bfloat16), some(shape, torch.float32)
     check(linear(x, a), x, a)
+    check(many(x, a), x, a)
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 30])
@@ -98,13 +120,16 @@ def test_strided_x(isa: str, tokens: int, dtype: torch.dtype) -> None:
     a, wide = sparse((40, 99), 0.5, torch.bfloat16), some((2 * tokens, 3 * 99), dtype)
     for x in (wide[::2, :99], wide[:tokens, 5:104], wide[:tokens, ::3], wide.T[:99].T[:tokens], wide[:1, :99]):
         check(linear(x, a), x, a)
+        check(many(x, a), x, a)
     same = wide[:1, :99].expand(tokens, -1)
     check(linear(same, a), same, a)
+    check(many(same, a), same, a)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 20])
+@pytest.mark.parametrize("kernel", [CpuBitmask, CpuBitmaskMany])
+@pytest.mark.parametrize("tokens", [1, 16, 20, 140])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values_as_in_the_dense_product(isa: str, tokens: int, dtype: torch.dtype) -> None:
+def test_special_values_as_in_the_dense_product(isa: str, tokens: int, dtype: torch.dtype, kernel: Any) -> None:
     """0 x NaN and 0 x Inf are NaN, wherever the weight is a zero that is not stored."""
     a = sparse((30, 150), 0.5, torch.bfloat16)
     a[3, 5], a[4, 6], a[5] = float("inf"), float("nan"), 0
@@ -112,19 +137,26 @@ def test_special_values_as_in_the_dense_product(isa: str, tokens: int, dtype: to
         for column in (0, 77, 149):
             x = some((tokens, 150), dtype)
             x[tokens // 2, column] = value
-            want, y = x.double() @ a.double().mT, linear(x, a).double()
+            want, y = x.double() @ a.double().mT, linear(x, a, None, kernel).double()
             assert want.isnan().any() and torch.equal(y.isnan(), want.isnan())
             assert torch.equal(y.isinf(), want.isinf())
     x = some((tokens, 150), dtype)
-    y, want = linear(x, a).double(), x.double() @ a.double().mT
+    y, want = linear(x, a, None, kernel).double(), x.double() @ a.double().mT
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y[want.isinf()], want[want.isinf()])
+
+
+def test_the_largest_number_is_finite(isa: str) -> None:
+    x = torch.full((17, 3), torch.finfo(torch.float32).max)
+    assert torch.equal(many(x, torch.tensor([[0.0, 0.5, 0.0]])), x[:, :1] / 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounds_bfloat16_as_torch_does(isa: str, dtype: torch.dtype) -> None:
     exact = torch.tensor([[1.00390625], [1.01171875], [-1.00390625], [3.3895314e38], [1e-40], [float("nan")]])
-    assert torch.equal(linear(torch.ones(1, 1, dtype=torch.bfloat16), exact).float().nan_to_num(7)[0],
-                       exact[:, 0].bfloat16().float().nan_to_num(7))  # fmt: skip
+    want = exact[:, 0].bfloat16().float().nan_to_num(7)
+    for f, tokens in ((linear, 1), (many, 17)):
+        found = f(torch.ones(tokens, 1, dtype=torch.bfloat16), exact).float().nan_to_num(7)
+        assert torch.equal(found, want.expand(tokens, -1))
 
 
 def test_bits_do_not_depend_on_threads() -> None:
@@ -132,11 +164,11 @@ def test_bits_do_not_depend_on_threads() -> None:
     a[:100] = sparse((100, 700), 1.0, torch.bfloat16)  # rows of uneven cost
     before = torch.get_num_threads()
     try:
-        for tokens, dtype in itertools.product((1, 3, 16), DTYPES):
+        for tokens, dtype in itertools.product((1, 3, 16, 17, 200), DTYPES):
             x, found = some((tokens, 700), dtype), []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                found.append(linear(x, a))
+                found.append(linear(x, a) if tokens <= native.MAX_TOKENS else many(x, a))
             assert all(torch.equal(y, found[0]) for y in found)
     finally:
         torch.set_num_threads(before)
@@ -147,6 +179,21 @@ def test_panels_are_many() -> None:
     assert a.nbytes > 2 * cpu_bitmask.PANEL_BYTES
     for same in (x, x.float()):
         check(linear(same, a, some((2200,), x.dtype)), same, a, some((2200,), x.dtype))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16])
+def test_made_for_many_few_go_where_they_are_faster(tokens: int) -> None:
+    a, x = sparse((20, 30), 0.5, torch.float32), some((tokens, 30), torch.float32)
+    packed = CpuBitmaskMany.pack(Bitmask.encode(a), x.dtype)
+    bound = CpuBitmaskMany.bind(packed.tensors, packed.meta, None)
+    assert torch.equal(bound(x), linear(x, a)) and torch.equal(linear(x, a, None, CpuBitmaskMany), linear(x, a))
+
+
+def test_many_bound_as_run() -> None:
+    a, x, bias = sparse((20, 30), 0.5, torch.float32), some((2, 20, 30), torch.float32), some((20,), torch.float32)
+    packed = CpuBitmaskMany.pack(Bitmask.encode(a), x.dtype)
+    assert torch.equal(CpuBitmaskMany.bind(packed.tensors, packed.meta, bias)(x), many(x, a, bias))
+    assert torch.equal(CpuBitmaskMany.run(x, packed.tensors, packed.meta, bias), many(x, a, bias))
 
 
 def test_packs_where_it_lies() -> None:
@@ -164,6 +211,9 @@ def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "on the CPU" in str(CpuBitmask.refuses(Case(spec, torch.device("cuda"), torch.float32, 1)))
     assert "x in float32" in str(CpuBitmask.refuses(Case(spec, cpu, torch.float16, 1)))
     assert "values in" in str(CpuBitmask.refuses(Case(spec | {"dtype": "float16"}, cpu, torch.float32, 1)))
+    assert CpuBitmaskMany.refuses(Case(spec, cpu, torch.float32, 17)) is None
+    assert "more than 16 tokens" in str(CpuBitmaskMany.refuses(Case(spec, cpu, torch.float32, 16)))
+    assert "x in float32" in str(CpuBitmaskMany.refuses(Case(spec, cpu, torch.float16, 17)))
     with pytest.raises(KernelError, match="dense"):
         CpuBitmask.pack(Dense.encode(torch.ones(4, 4)), torch.float32)
     monkeypatch.setattr(native, "_built", None)
@@ -178,8 +228,9 @@ def test_damaged_weights_are_refused() -> None:
 
 
 def test_wrong_x_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes 20"):
-        linear(torch.ones(1, 21), sparse((6, 20), 0.5, torch.float32))
+    for f in (linear, many):
+        with pytest.raises(ValueError, match="takes 20"):
+            f(torch.ones(1, 21), sparse((6, 20), 0.5, torch.float32))
 
 
 @pytest.mark.parametrize(("kernel", "as_"), KERNELS)

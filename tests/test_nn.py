@@ -144,7 +144,7 @@ def test_compiled_inference_calls_the_layer_by_its_number() -> None:
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
         with pytest.raises(ValueError, match="x has 5 features"):
             torch.ops.gossamer.call(torch.randn(2, 5), layer._number, M)
-    assert all(targets == [torch.ops.gossamer.call] and inputs == 1 for targets, inputs in seen)
+    assert all(targets == [torch.ops.gossamer.part] and inputs == 1 for targets, inputs in seen)
 
 
 def test_every_copy_has_a_number_of_its_own() -> None:
@@ -154,7 +154,9 @@ def test_every_copy_has_a_number_of_its_own() -> None:
     layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
     for m in (layer, copies[0], copies[1]):
         torch.testing.assert_close(torch.ops.gossamer.call(x, m._number, M), m(x))
+        torch.testing.assert_close(torch.ops.gossamer.part(x, m._address), m(x))
     torch.library.opcheck(torch.ops.gossamer.call.default, (x, layer._number, M))
+    torch.library.opcheck(torch.ops.gossamer.part.default, (x, layer._address))
 
 
 def test_a_layer_that_is_gone_is_not_called() -> None:

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import gossamer
-from gossamer import dispatch, timing
+from gossamer import dispatch, ops, timing
 from gossamer.formats.bitmask import Bitmask
 from gossamer.install import _better_together
 from gossamer.nn import SparseLinear
@@ -120,6 +122,63 @@ def test_compiled_whole(model: Attention) -> None:
             for found, expected in zip(compiled(x), apart(model)(x), strict=True):
                 torch.testing.assert_close(found, expected)
     assert model.q_proj.stack.held is None
+
+
+def traced(model: nn.Module, x: Tensor) -> list[tuple]:
+    """The arguments after x of every `gossamer::call` that a compiler is given."""
+    found: list[tuple] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        nodes = graph.graph.find_nodes(op="call_function", target=torch.ops.gossamer.call.default)
+        found.extend(n.args[1:] for n in nodes)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=compiler))
+    for got, expected in zip(compiled(x), model(x), strict=True):
+        torch.testing.assert_close(got, expected)
+    return found
+
+
+def test_a_compiled_graph_calls_once_for_three(model: Attention) -> None:
+    stack, kept = model.q_proj.stack, len(ops._products)
+    with torch.no_grad():
+        assert traced(model, torch.randn(1, 1, 40)) == [(stack._number, 40)]
+        alone = [(m._number, m.out_features) for m in (model.q_proj, model.k_proj, model.v_proj)]
+        assert traced(model, torch.randn(17, 40)) == alone, "more tokens than the stack is for"
+        assert traced(model, torch.randn(1, 40).double()) == alone, "not its dtype"
+        assert len(ops._products) <= kept, "nothing is kept of a trace"
+        model.q_proj.unprepare()
+        assert traced(model, torch.randn(1, 40)) == [alone[0], (stack._number, 40)]
+
+
+def test_a_compiled_graph_never_takes_an_old_answer() -> None:
+    class Twice(Attention):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            first = self.q_proj(x)
+            x.mul_(2)
+            return first, self.q_proj(x), self.k_proj(x), self.k_proj(x + 1)
+
+    model = Twice(False)
+    gossamer.prepare(model)
+    alone, x = apart(model), torch.randn(1, 40)
+    torch._dynamo.reset()
+    for backend in ("eager", "aot_eager"):
+        with torch.no_grad():
+            found = torch.compile(model, fullgraph=True, backend=backend)(x.clone())
+            for got, expected in zip(found, alone(x.clone()), strict=True):
+                torch.testing.assert_close(got, expected)
+
+
+def test_a_compiled_model_follows_its_layers(model: Attention) -> None:
+    torch._dynamo.reset()
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(1, 40)
+    with torch.no_grad():
+        compiled(x)
+        model.k_proj.unprepare()
+        model.k_proj.weight = nn.Parameter(model.k_proj.weight * 2, requires_grad=False)
+        for got, expected in zip(compiled(x), apart(model)(x), strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def test_saved_without_a_trace(model: Attention, tmp_path) -> None:

@@ -73,6 +73,26 @@ def bitmask_linear(
     y [tokens, rows] = x A^T + bias; tokens 1 to 16, types 0 = float32, 1 = bfloat16, y's that of x.
     """
 
+def bitmask_many(
+    mask: int,
+    values: int,
+    offsets: int,
+    type: int,
+    rows: int,
+    cols: int,
+    x: int,
+    x_type: int,
+    x_row_stride_bytes: int,
+    tokens: int,
+    bias: int,
+    bias_type: int,
+    y: int,
+    threads: int,
+) -> bool:
+    """
+    bitmask_linear of any number of tokens that multiplies no zeros; False, and no y, where x is not finite.
+    """
+
 def dense_linear(
     weight: int,
     type: int,

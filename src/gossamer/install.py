@@ -19,7 +19,7 @@ from .formats.product import Product
 from .kernels import Kernel, Packed, registry
 from .nn import SparseLinear
 from .packs import Packs, dense_copy, exact, layout_of, step
-from .race import SMALL, Group, Option, Race
+from .race import SMALL, Entry, Group, Option, Race
 from .stack import MOST_TOKENS, Stack, stacked, views
 
 DENSE_APART = 0.85  # layers that alone run dense share a sparse call only if it is this much ahead: its parts are cut
@@ -92,7 +92,7 @@ def stack(members: list[SparseLinear], chosen: Mapping[SparseLinear, Group], rac
         return
     parts = [layer.format for layer in members]
     whole = stacked(parts)  # type: ignore[arg-type]
-    options = race.options([whole], race.dtype, {whole.weight.data_ptr(), whole.mask.data_ptr()})
+    (options,) = race.options(Entry([whole], race.dtype, {whole.weight.data_ptr(), whole.mask.data_ptr()}))
     room = SMALL * (whole.shape[0] + 1)
     ways = _better_together([o for o in options if o.nbytes <= room], race.sizes, members, chosen)
     race.book.save()
@@ -114,7 +114,7 @@ def pack_stack(members: list[SparseLinear], chosen: Mapping[SparseLinear, Group]
     if not few.sizes:
         return False
     whole = stacked([layer.format for layer in members])  # type: ignore[arg-type]
-    options = few.options([whole], race.dtype, set(), replace=True, keep=keep)
+    (options,) = few.options(Entry([whole], race.dtype, set(), replace=True, keep=keep))
     ways = _better_together([o for o in options if o.replaces], few.sizes, members, chosen)
     race.book.save()
     if not ways:

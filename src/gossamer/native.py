@@ -45,6 +45,7 @@ MAX_TOKENS = 16
 # Looked up once, for the calls that a decode step makes by the hundred.
 _bitmask_linear = getattr(_built, "bitmask_linear", None) or (lambda *_: require())
 _dense_linear = getattr(_built, "dense_linear", None) or (lambda *_: require())
+_bitmask_many = getattr(_built, "bitmask_many", None) or (lambda *_: require())
 _threads = torch.get_num_threads
 
 
@@ -156,6 +157,23 @@ def bitmask_linear(
     return y
 
 
+def bitmask_many(
+    x: Tensor, values: Tensor, mask: Tensor, offsets: Tensor, cols: int, bias: Tensor | None = None
+) -> Tensor | None:
+    """`bitmask_linear` of any number of tokens, made for many: what is not stored is not multiplied.
+
+    None where x holds Inf or NaN, which times zero would have to be NaN.
+    """
+    rows = mask.shape[0]
+    x, y, tokens, stride = _in_and_out(x, rows, cols, most=None)
+    at, kind = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+    finite = _bitmask_many(
+        mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), FLOATS[values.dtype], rows, cols,
+        x.data_ptr(), FLOATS[x.dtype], stride, tokens, at, kind, y.data_ptr(), _threads(),
+    )  # fmt: skip
+    return y if finite else None
+
+
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`bitmask_linear` of a contiguous dense weight [M, K]."""
     rows, cols = weight.shape
@@ -253,7 +271,9 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _in_and_out(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, int, int]:
+def _in_and_out(
+    x: Tensor, rows: int, cols: int, most: int | None = MAX_TOKENS
+) -> tuple[Tensor, Tensor, int, int]:
     """x as a matrix whose rows are whole, y, tokens, and the distance between rows of x in bytes.
 
     Short ways first: a decode step makes hundreds of these calls, and a microsecond here is a tenth of one.
@@ -270,8 +290,8 @@ def _in_and_out(x: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor, int, i
         x = x.reshape(-1, cols) if cols else x.new_empty(shape[:-1].numel(), 0)
         x = x if x.stride(1) == 1 or cols <= 1 else x.contiguous()
         tokens, stride = x.shape[0], x.stride(0)
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"x has {tokens} tokens, the kernel takes {MAX_TOKENS} at a time; split x")
+    if most is not None and tokens > most:
+        raise ValueError(f"x has {tokens} tokens, the kernel takes {most} at a time; split x")
     return x, y, tokens, stride * x.itemsize
 
 

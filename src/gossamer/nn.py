@@ -50,6 +50,7 @@ class SparseLinear(nn.Module):
         self._stack: Stack | None = None
         self._place = 0
         self._number = ops.number(self)
+        self._address = ops.to_address(self._number, self.out_features)
         self._names = tuple(formats.layout(spec))
         # In a tuple, so that the lender is not registered as a child and its tensors are saved once.
         self._lender: tuple[SparseLinear, ...] = () if lender is None else (lender,)
@@ -123,15 +124,21 @@ class SparseLinear(nn.Module):
         """
         self.layout = dispatch.to_layout(self.spec, dtype, ways, source)
         self._packed, self._stack, self._calls = tuple(packed), None, None
+        self._readdress()
         if source is not None:
             self._released, self._parameters = True, {"bias": self.bias}
 
     def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Run as part of a stack; `tensors` are the layer's own, if they lie in the stack's memory now."""
         self._stack, self._place, self._calls = stack, place, None
+        self._readdress()
         tensors = tensors or {}
         for name, tensor in tensors.items():
             self._parameters[name] = _frozen(tensor)
+
+    def _readdress(self) -> None:
+        shared = None if self._stack is None else self._stack.shared(self._place)
+        self._address = ops.to_address(self._number, self.out_features, shared)
 
     @property
     def stack(self) -> Stack | None:
@@ -144,6 +151,7 @@ class SparseLinear(nn.Module):
             stored = {n: _frozen(t) for n, t in self.format.tensors().items()}
             self._released, self._parameters = False, stored | {"bias": self.bias}
         self.layout, self._packed, self._stack, self._calls = self.stored_layout, (), None, None
+        self._readdress()
 
     @property
     def format(self) -> Format:
@@ -170,12 +178,12 @@ class SparseLinear(nn.Module):
         return self.format.decode(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if ops.compiled(x):
+            return torch.ops.gossamer.part(x, self._address)
         if (stack := self._stack) is not None and stack.takes(x):
             return stack.part(self._place, x)
         if ops.plain(x):
             return self.run(x)
-        if ops.compiled(x):
-            return torch.ops.gossamer.call(x, self._number, self.out_features)
         return ops.linear(x, self._operands(), self.layout, self._parameters["bias"])
 
     def run(self, x: Tensor) -> Tensor:
@@ -223,6 +231,7 @@ class SparseLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = ops.number(self)
+        self._readdress()
         if self.prepared and not dispatch.route(self.layout).runs_on(self.device):
             self.unprepare()  # unpickled on another kind of device, or where another library packs otherwise
 

@@ -5,25 +5,33 @@ Both have fakes, so torch.compile(fullgraph=True) keeps them whole; the gradient
 `parts` are the stored tensors in the order of `Format.tensors()`, then what the layer's kernels packed.
 
 `gossamer::call(x, layer, rows)` is the same of a layer of this process by its number, for compiled inference on the
-CPU: a graph that takes every tensor of every layer as an input checks each of them before every token.
+CPU: a graph that takes every tensor of every layer as an input checks each of them before every token. Layers call
+`gossamer::part(x, address)`, which while a graph is traced becomes `call`: one for each x and stack. Whatever a layer
+reads while it is traced is checked before every token, too, so all that is read is one string.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .dispatch import route
+from .formats import dtype_of
 
 _library = torch.library.Library("gossamer", "DEF")
 _library.define("linear(Tensor x, Tensor[] parts, str layout, Tensor? bias) -> Tensor")
 _library.define("decode(Tensor[] parts, str layout, ScalarType dtype) -> Tensor")
 _library.define("call(Tensor x, int layer, int rows) -> Tensor")
+_library.define("part(Tensor x, str address) -> Tensor")
 
 
 class Callee(Protocol):
@@ -41,6 +49,27 @@ def number(callee: Callee) -> int:
     found = next(_numbers)
     _callees[found] = weakref.ref(callee, lambda _: _callees.pop(found, None))
     return found
+
+
+class Shared(NamedTuple):
+    """A product that several layers take their rows from: the stack's number, all rows, and what x may be."""
+
+    number: int
+    rows: int
+    begin: int  # the layer's own rows
+    most: int  # elements of x
+    dtype: str  # of x
+
+
+@cache
+def _read(address: str) -> tuple[int, int, Shared | None]:
+    layer, rows, *shared = json.loads(address)
+    return layer, rows, Shared(*shared) if shared else None
+
+
+def to_address(layer: int, rows: int, shared: Shared | None = None) -> str:
+    """What `gossamer::part` needs to know: the layer by its number, and whose product it takes its rows from."""
+    return json.dumps([layer, rows, *(shared or ())])
 
 
 def _linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
@@ -92,6 +121,39 @@ def _call_fake(x: Tensor, layer: int, rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
 
+@dataclass
+class _Product:
+    y: Tensor
+    version: int
+    taken: dict[int, int] = field(default_factory=dict)  # where rows begin that were asked for -> how many
+
+
+_products = WeakIdKeyDictionary()  # x -> {number of a stack: what not all of its layers have asked for yet}
+
+
+def version(x: Tensor) -> int:
+    """What changes when x is changed in place; of a tensor made in inference mode nothing does."""
+    return 0 if x.is_inference() else x._version
+
+
+def _part(x: Tensor, address: str) -> Tensor:
+    """Composite: what a compiler records is `call`. No layer gets the same answer twice, so none is out of date."""
+    layer, rows, shared = _read(address)
+    if shared is None or x.numel() > shared.most or x.dtype != dtype_of(shared.dtype):
+        return torch.ops.gossamer.call(x, layer, rows)
+    products: dict[int, _Product] = _products.setdefault(x, {})  # type: ignore[assignment]
+    found = products.get(shared.number)
+    if found is None or found.version != version(x) or shared.begin in found.taken:
+        found = _Product(torch.ops.gossamer.call(x, shared.number, shared.rows), version(x))
+        products[shared.number] = found
+    found.taken[shared.begin] = rows
+    if sum(found.taken.values()) == shared.rows:
+        del products[shared.number]
+    if not products:
+        del _products[x]
+    return found.y.narrow(-1, shared.begin, rows).contiguous()
+
+
 def _linear_fake(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], route(layout).spec["shape"][0])
 
@@ -122,6 +184,7 @@ def _linear_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("decode", _decode, "CompositeExplicitAutograd")
 _library.impl("call", _call, "CompositeExplicitAutograd")
+_library.impl("part", _part, "CompositeImplicitAutograd")
 torch.library.register_fake("gossamer::linear", _linear_fake, lib=_library)
 torch.library.register_fake("gossamer::decode", _decode_fake, lib=_library)
 torch.library.register_fake("gossamer::call", _call_fake, lib=_library)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import dispatch, formats, native, timing
 from . import lock as locks
 from .explain import dense_spec, factor_specs, inner_dtype
-from .formats import Format
+from .formats import Format, Spec
 from .formats.dense import Dense
 from .formats.product import Product
 from .kernels import Case, Kernel, Packed, registry
@@ -65,6 +65,46 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """Matrices of one kind that enter a race as they are stored or, `whole`, as dense copies; x is of `dtype`.
+
+    `stored`: addresses of the tensors that are there anyhow. `replace`: what was packed may take their place. `keep`
+    gets what was packed of the first.
+    """
+
+    found: Sequence[Format]
+    dtype: torch.dtype
+    stored: set[int]
+    whole: bool = False
+    replace: bool = False
+    keep: dict[str, Packed] | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(iter(self.found[0].tensors().values())).device
+
+    @cached_property
+    def spec(self) -> Spec:
+        return dense_spec(self.found[0].spec(), self.dtype) if self.whole else self.found[0].spec()
+
+    @property
+    def place(self) -> str:
+        """In the book."""
+        return locks.key(self.spec, self.device, self.dtype)
+
+    def case(self, tokens: int) -> Case:
+        return Case(self.spec, self.device, self.dtype, tokens)
+
+    def packs(self, sample: Sequence[Format], kernels: Mapping[str, type[Kernel]]) -> list[Packs]:
+        """What the kernels pack, made now and not while the clock runs."""
+        found = [Packs(dense_copy(f, self.dtype) if self.whole else f, self.dtype) for f in sample]
+        made = [{name: p.of(k) for name, k in kernels.items()} for p in found]
+        if self.keep is not None:
+            self.keep.update(made[0])
+        return found
+
+
+@dataclass(frozen=True)
 class Race:
     """Times the ways to run layers of one shape, but for those that the book knows."""
 
@@ -84,72 +124,65 @@ class Race:
         spec = layers[0].spec
         stored = {t.data_ptr() for f in found for t in f.tensors().values()}
         inner = inner_dtype(spec, self.dtype, layers[0].device)
+        forced = self.kernel and any(f["format"] in registry[self.kernel].formats for f in factor_specs(spec))
+        whole = [] if forced or spec["format"] == Dense.name else [Entry(found, self.dtype, set(), whole=True)]
         if isinstance(found[0], Product):
-            rights, lefts = (self.options([getattr(f, n) for f in found], inner, stored) for n in ("right", "left"))
+            factors = [Entry([getattr(f, n) for f in found], inner, stored) for n in ("right", "left")]
+            rights, lefts = (self.options(factor)[0] for factor in factors)
             options = [_chained(right, left, self.sizes) for right in rights for left in lefts]
+            copies = self.options(*whole)
         else:
-            options = self.options(found, inner, stored, replace=True)
-        if self.kernel and any(f["format"] in registry[self.kernel].formats for f in factor_specs(spec)):
+            options, *copies = self.options(Entry(found, inner, stored, replace=True), *whole)
+        if forced:
             options = [o for o in options if self.kernel in o.kernels]
-        elif spec["format"] != Dense.name:
-            options += self.options(found, self.dtype, set(), whole=True)
+        options += [o for each in copies for o in each]
         room = SMALL * sum(f["shape"][0] + 1 for f in factor_specs(spec))
         free = [o for o in options if o.replaces or o.nbytes <= room]
         return Group(layers, options, free or options[:1])
 
-    def options(
-        self,
-        found: Sequence[Format],
-        dtype: torch.dtype,
-        stored: set[int],
-        whole: bool = False,
-        replace: bool = False,
-        keep: dict[str, Packed] | None = None,
-    ) -> list[Option]:
-        """One per kernel. `stored`: addresses of the tensors that are there anyhow; `whole`: as dense copies.
+    def options(self, *entries: Entry) -> list[list[Option]]:
+        """Per entry one option for each kernel. What is missing of one is timed with all, in turns."""
+        able = [{n: self._able(e.case(n), e) for n in self.sizes} for e in entries]
+        missing = [n for n in self.sizes if any(self._missing(e, n, a[n]) for e, a in zip(entries, able, strict=True))]
+        packs = []
+        for e, kernels in zip(entries, able, strict=True):
+            sample = _cold(e.found, self.footprint) if missing else e.found[:1]
+            packs.append(e.packs(sample, {k.name: k for each in kernels.values() for k in each}))
+        for n in missing:
+            runners: dict[str, list[Callable[[], Tensor]]] = {}
+            for e, kernels, packed in zip(entries, able, packs, strict=True):
+                x = torch.randn(n, e.spec["shape"][1], device=e.device).to(e.dtype)
+                runners |= {k.name: [_call(k, x, p.of(k)) for p in packed] for k in kernels[n]}
+            times = timing.race(runners, entries[0].device)
+            for e, kernels in zip(entries, able, strict=True):
+                self.book.merge(e.place, n, {k.name: times[k.name] for k in kernels[n]})
+        return [self._timed(e, a, p[0]) for e, a, p in zip(entries, able, packs, strict=True)]
 
-        `replace`: what was packed may take the place of the stored tensors. `keep` gets what was packed of the first.
-        """
-        spec, device = found[0].spec(), next(iter(found[0].tensors().values())).device
-        spec = dense_spec(spec, dtype) if whole else spec
-        able = {n: self._able(Case(spec, device, dtype, n), whole, replace) for n in self.sizes}
-        names = {k.name: k for kernels in able.values() for k in kernels}
-        place = locks.key(spec, device, dtype)
-        missing = {
-            n: kernels
-            for n, kernels in able.items()
-            if self.again or {k.name for k in kernels} - self.book.times.get(place, {}).get(n, {}).keys()
-        }
-        sample = _cold(found, self.footprint) if missing else found[:1]
-        matrices = [dense_copy(f, dtype) for f in sample] if whole else sample
-        packed = [Packs(a, dtype) for a in matrices]
-        packs = {name: [p.of(k) for p in packed] for name, k in names.items()}
-        if keep is not None:
-            keep.update({name: each[0] for name, each in packs.items()})
-        for n, kernels in missing.items():
-            x = torch.randn(n, spec["shape"][1], device=device).to(dtype)
-            runners = {k.name: [_call(k, x, p) for p in packs[k.name]] for k in kernels}
-            self.book.merge(place, n, timing.race(runners, device))
-        times = self.book.times[place]
-        sources = {name: replace and packed[0].source(k) is not None for name, k in names.items()}
+    def _missing(self, entry: Entry, tokens: int, kernels: Sequence[type[Kernel]]) -> bool:
+        known = self.book.times.get(entry.place, {}).get(tokens, {}).keys()
+        return self.again or bool({k.name for k in kernels} - known)
+
+    def _timed(self, entry: Entry, able: Mapping[int, Sequence[type[Kernel]]], packs: Packs) -> list[Option]:
+        times = self.book.times[entry.place]
+        many = PANELS if entry.device.type == "cpu" else EDGE
         return [
             Option(
                 (name,),
-                whole,
-                _added(packs[name][0], stored),
+                entry.whole,
+                _added(packs.of(k), entry.stored),
                 {n: times[n][name] for n in able if k in able[n]},
-                sources[name],
-                PANELS if device.type == "cpu" else EDGE,
+                entry.replace and packs.source(k) is not None,
+                many,
             )
-            for name, k in names.items()
+            for name, k in {k.name: k for kernels in able.values() for k in kernels}.items()
         ]
 
-    def _able(self, case: Case, whole: bool, replace: bool) -> list[type[Kernel]]:
+    def _able(self, case: Case, entry: Entry) -> list[type[Kernel]]:
         if self.kernel and case.spec["format"] in registry[self.kernel].formats:
             return [dispatch.required(self.kernel, case)]
         able = dispatch.eligible(case)
         # A dense copy that is decoded again for each product is nobody's choice, and the oracle needs stored tensors.
-        needless = whole or (replace and any(reversible(k) for k in able))
+        needless = entry.whole or (entry.replace and any(reversible(k) for k in able))
         return [k for k in able if not (needless and k.name == dispatch.ORACLE)]
 
 

@@ -5,7 +5,8 @@ own tensors become views of it, so nothing is stored twice). Whichever layer is 
 others take their rows if they are called with the very same tensor. What is not fetched is dropped at the next call.
 On a GPU, the layers that run alone for more tokens read their rows from the one packed matrix.
 A tensor that was changed in place in between is noticed by its version, which tensors made in inference mode, and those
-inside a compiled graph, do not have: there a model must not change the input of q before it calls k.
+inside a compiled graph, do not have: there a model must not change the input of q before it calls k. Compiled inference
+on the CPU does the same by an op, `gossamer::part`, so that a graph need not look after what a stack holds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops
-from .formats import Format
+from .formats import Format, dtype_name
 from .formats.bitmask import Bitmask
 
 MOST_TOKENS = {"cpu": 16, "cuda": 64}  # beyond, a call costs little beside its work
@@ -59,9 +60,14 @@ class Stack:
         """Is x of the dtype and size that the stack is for? Gradients go through the layers themselves."""
         return x.numel() <= self._limit and x.dtype == self.dtype and not torch.is_grad_enabled()
 
+    def shared(self, i: int) -> ops.Shared:
+        """Where layer i's rows are in the product, and of which x it is made."""
+        begin, kind = sum(self.rows[:i]), dtype_name(self.dtype)
+        return ops.Shared(self._number, sum(self.rows), begin, self._limit, kind)
+
     def part(self, i: int, x: Tensor) -> Tensor:
         """Layer i's rows of the product with x. A layer never gets the same answer twice, so none is out of date."""
-        held, version = self.held, 0 if ops.is_compiling() or x.is_inference() else x._version
+        held, version = self.held, 0 if ops.is_compiling() else ops.version(x)
         if held is None or held[0] is not x or held[1] != version or i not in held[2]:
             y = self._product(x)
             held = (x, version, dict(enumerate(y.split_with_sizes(self.rows, -1))))
@@ -75,8 +81,6 @@ class Stack:
     def _product(self, x: Tensor) -> Tensor:
         if ops.plain(x):
             return self.run(x)
-        if ops.compiled(x):
-            return torch.ops.gossamer.call(x, self._number, sum(self.rows))
         return ops.linear(x, self.operands, self.layout, self.bias)
 
     def run(self, x: Tensor) -> Tensor:
