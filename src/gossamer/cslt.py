@@ -8,7 +8,6 @@ torch.compile cannot trace it.
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ COLUMNS, ROWS = 1, 2  # cusparseOrder_t
 BIAS = 8  # cusparseLtMatmulDescAttribute_t
 CONFIG, CONFIGS = 0, 1  # cusparseLtMatmulAlgAttribute_t
 ALIGNMENT = 16  # bytes, of every matrix
+DESTROY = "MatDescriptorDestroy"
 MAX_PLANS = 1024
 
 
@@ -81,7 +81,7 @@ class Plan:
         with torch.cuda.device(index):
             self._describe(problem)
             self._select(algorithm)
-            call("MatmulPlanInit", self._handle, self._plan.at, self._product.at, self._choice.at)
+            self._plan.fill("MatmulPlanInit", "MatmulPlanDestroy", self._handle, self._product.at, self._choice.at)
             size = ctypes.c_size_t()
             call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
         self.workspace = size.value
@@ -90,11 +90,12 @@ class Plan:
 
     def _describe(self, p: Problem) -> None:
         sparse = p.rows, p.depth, p.depth, ALIGNMENT, TYPES[p.dtype], ROWS
-        call("StructuredDescriptorInit", self._handle, self._a.at, *sparse, 0)
+        self._a.fill("StructuredDescriptorInit", DESTROY, self._handle, *sparse, 0)
         right = (p.columns, p.depth) if p.b_rows else (p.depth, p.columns)
-        call("DenseDescriptorInit", self._handle, self._b.at, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
+        dense = "DenseDescriptorInit", DESTROY, self._handle
+        self._b.fill(*dense, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
         lead, order = (p.rows, COLUMNS) if p.d_rows else (p.columns, ROWS)
-        call("DenseDescriptorInit", self._handle, self._d.at, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
+        self._d.fill(*dense, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
         compute = INTEGER if p.dtype == torch.int8 else FLOAT
         operands = self._a.at, self._b.at, self._d.at, self._d.at
         op = TRANSPOSED if p.b_rows else PLAIN
@@ -107,7 +108,7 @@ class Plan:
         call("MatmulDescSetAttribute", self._handle, self._product.at, name, ctypes.byref(value), size)
 
     def _select(self, algorithm: Algorithm) -> None:
-        call("MatmulAlgSelectionInit", self._handle, self._choice.at, self._product.at, 0)
+        self._choice.fill("MatmulAlgSelectionInit", "MatmulAlgSelectionDestroy", self._handle, self._product.at, 0)
         number = ctypes.c_int(algorithm.config)
         call("MatmulAlgSetAttribute", self._handle, self._choice.at, CONFIG, ctypes.byref(number), 4)
 
@@ -148,10 +149,6 @@ class Plan:
             return d
 
         return product
-
-    def __del__(self) -> None:
-        if hasattr(self, "workspace") and not sys.is_finalizing():
-            library().cusparseLtMatmulPlanDestroy(self._plan.at)
 
 
 _ONE = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
@@ -215,7 +212,7 @@ def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[Struc
     """The description of a sparse matrix, its bytes compressed, and those that compressing takes besides."""
     described, sizes = Struct(), (ctypes.c_size_t * 2)()
     shape = rows, depth, depth, ALIGNMENT, TYPES[dtype], ROWS
-    call("StructuredDescriptorInit", handle(index), described.at, *shape, 0)
+    described.fill("StructuredDescriptorInit", DESTROY, handle(index), *shape, 0)
     first = ctypes.addressof(sizes)
     call("SpMMACompressedSize2", handle(index), described.at, first, first + ctypes.sizeof(ctypes.c_size_t))
     return described, sizes[0], sizes[1]

@@ -21,6 +21,7 @@ from .cslt import Algorithm, CsltError, Problem
 log = logging.getLogger("gossamer")
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 6e-2}
+WORTH = 0.98  # of the dense product's time: what a sparse one may take
 TIMED = 5  # runs of an algorithm that are timed, of which the median counts
 
 
