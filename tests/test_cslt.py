@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import pickle
 import re
 from functools import partial
@@ -163,6 +164,70 @@ def test_running_out_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch
     assert ffn24.worth(p, 0) == found and cslt_search.best(p, 0) == (found, 3.0)
     cslt_search.best.cache_clear()
     ffn24.worth.cache_clear()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("room", [0, 600, 20_000])
+def test_sizes_that_there_is_no_memory_to_try_out(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """They go with the largest that was tried out; once there is memory they are tried out."""
+
+    def best(p: Problem, index: int) -> tuple[cslt.Algorithm, float]:
+        if p.columns > limit[0]:
+            raise torch.OutOfMemoryError("full")
+        return cslt.Algorithm(p.columns % 7), 1.0
+
+    limit = [room]
+    monkeypatch.setattr(cslt_search, "best", best)
+    p = Problem(64, 64, 128, B, B)
+    if not room:
+        with pytest.raises(torch.OutOfMemoryError):
+            cuda_nm24_vendor._algorithms(p, 0)
+    else:
+        found = cuda_nm24_vendor._algorithms(p, 0)
+        assert found == [[n, n % 7] for n in cuda_nm24_vendor.SIZES if n <= room]
+        assert cuda_nm24_vendor._choice(found, 9_999) == cslt.Algorithm((512 if room == 600 else 16384) % 7)
+    limit[0] = 20_000
+    assert len(cuda_nm24_vendor._algorithms(p, 0)) == len(cuda_nm24_vendor.SIZES)
+
+
+def test_what_the_library_made_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the plan, and of a plan that failed half-way; once, and nothing that was not made."""
+    made, freed = list[tuple[str, int]](), list[tuple[str, int]]()
+    failing: set[str] = set()
+
+    class Library:
+        cusparseLtMatmul = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+
+        def __getattr__(self, name: str):
+            def entry(first: int, *args: Any) -> int:
+                if name.endswith("Destroy"):
+                    freed.append((name.removesuffix("Destroy"), first))
+                elif name.endswith("Init") and name not in failing:
+                    made.append((name.removesuffix("Init"), args[0]))
+                return int(name in failing)
+
+            return entry
+
+        def cusparseLtGetErrorString(self, status: int) -> bytes:
+            return b"failed"
+
+    fake = Library()
+    for module in (cslt, cslt_library):
+        monkeypatch.setattr(module, "library", lambda: fake)
+    monkeypatch.setattr(cslt, "handle", lambda index: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    plan = cslt.Plan(Problem(64, 64, 64, B, B), cslt.Algorithm(0), 0)
+    assert len(made) == 6 and not freed
+    del plan
+    gc.collect()
+    wanted = {(n.replace("Dense", "Mat").replace("Structured", "Mat"), at) for n, at in made}
+    wanted = {(n, at) for n, at in wanted if n != "cusparseLtMatmulDescriptor"}  # has nothing of its own
+    assert len(freed) == 5 and set(freed) == wanted
+    made.clear(), freed.clear()
+    failing.add("cusparseLtMatmulAlgSelectionInit")
+    with pytest.raises(CsltError, match="cusparseLtMatmulAlgSelectionInit: error 1, failed; fix"):
+        cslt.Plan(Problem(64, 64, 64, B, B), cslt.Algorithm(0), 0)
+    gc.collect()
+    assert sorted(at for _, at in freed) == sorted(at for n, at in made if "Matmul" not in n) and len(freed) == 3
 
 
 def test_what_another_machine_packed_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,7 @@ def test_with_the_dense_matrix_on_the_gpu(sparse: bool, tokens: int, monkeypatch
     if reason := cuda_fp8.refusal(torch.device("cuda")):
         pytest.skip(reason)
     monkeypatch.setattr(cuda_fp8, "pays", lambda *shape: sparse)
+    torch.compiler.reset()
     a = cuda_patterns.pruned_reference(torch.randn(256, 512, device="cuda").bfloat16())
     x, bias = torch.randn(tokens, 512, device="cuda").bfloat16(), torch.randn(256, device="cuda", dtype=torch.bfloat16)
     (a8, scale), (x8, x_scale) = cuda_fp8.quantized(a), cuda_fp8.quantized(x)

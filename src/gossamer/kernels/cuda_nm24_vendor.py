@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -125,8 +124,16 @@ def _choice(algorithms: Sequence[Sequence[int]], tokens: int) -> Algorithm:
     return Algorithm(*found[1:])
 
 
-@cache
 def _algorithms(problem: Problem, index: int) -> list[list[int]]:
-    """[tokens, the algorithm] of each size that has one, ascending."""
-    found = [(n, cslt_search.best(problem._replace(columns=n), index)) for n in SIZES]
-    return [[n, *best[0]] for n, best in found if best]
+    """[tokens, the algorithm] of each size that has one, ascending; up to the size that there is memory to try out."""
+    found: list[list[int]] = []
+    for n in SIZES:
+        try:
+            best = cslt_search.best(problem._replace(columns=n), index)
+        except torch.OutOfMemoryError:
+            if not found:
+                raise
+            log.info("no memory to try out %d tokens on %s; they go with the algorithm of %d", n, problem, found[-1][0])
+            break
+        found += [[n, *best[0]]] if best else []
+    return found
