@@ -119,6 +119,23 @@ def test_compressing_needs_a_gpu() -> None:
         cslt.compress(torch.zeros(64, 64, dtype=B))
 
 
+@pytest.mark.parametrize("dtype", [B, H, F8, torch.int8], ids=str)
+def test_only_2_of_4_is_compressed(dtype: torch.dtype) -> None:
+    a = torch.tensor([[-0.0, 1.0, 0.0, -2.0, 3.0, -0.0, -0.0, 4.0]]).to(dtype)
+    clean = cslt.checked(a)
+    assert (
+        clean.dtype == dtype
+        and torch.equal(clean.float(), a.float())
+        and not torch.signbit(clean.float()[a.float() == 0]).any()
+    )
+    a[0, 0] = 1
+    with pytest.raises(ValueError, match="takes a 2:4 matrix; fix: prune it"):
+        cslt.checked(a)
+    if dtype.is_floating_point:
+        with pytest.raises(ValueError, match="takes a 2:4 matrix; fix: prune it"):
+            cslt.checked(torch.tensor([[float("nan"), 1.0, 0.0, 1.0]]).to(dtype))
+
+
 GPU = torch.device("cuda", 0)
 
 
@@ -376,6 +393,10 @@ def test_compress_checks_its_input() -> None:
         cslt.compress(torch.zeros(16, 24, dtype=B, device="cuda"))
     with pytest.raises(CsltError, match="contiguous"):
         cslt.compress(torch.zeros(32, 32, dtype=B, device="cuda").mT[:16])
+    a = cslt_search.operands(Problem(32, 32, 16, B, B), 0)[0]
+    assert torch.equal(cslt.compress(torch.where(a == 0, -0.0, a)), cslt.compress(a, trusted=True))
+    with pytest.raises(ValueError, match="takes a 2:4 matrix; fix: prune it"):
+        cslt.compress(torch.ones_like(a))
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def test_operands_of_other_products_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cuda_fp8, "refusal", lambda device: None)
     monkeypatch.setattr(cuda_fp8.cslt_search, "best", lambda problem, index: (Algorithm(0), 1.0))
     x, packed, ones = torch.zeros(16, 64).to(cuda_fp8.E4M3), torch.zeros(8, dtype=torch.uint8), torch.ones(32)
-    for args, message in (
+    wrong: list[tuple[Any, str]] = [
         ((x.float(), ones[:16], packed, ones), r"takes x \[T, K\] in e4m3, not torch.float32 \(16, 64\); fix"),
         ((x, ones[:8], packed, ones), "float32 scales of its rows; fix"),
         ((x, ones[:16], packed, ones.double()), "float32 scales of its rows; fix"),
@@ -94,7 +94,8 @@ def test_operands_of_other_products_are_refused(monkeypatch: pytest.MonkeyPatch)
             r"a contiguous dense matrix \[32, 64\] in e4m3, not .* \(16, 64\); fix",
         ),
         ((x, ones[:16], packed, ones), "both operands on one GPU"),
-    ):
+    ]
+    for args, message in wrong:
         with pytest.raises(ValueError, match=message):
             cuda_fp8.multiply(*args)
     with pytest.raises(ValueError, match=r"takes a bias \[32\], not \(31,\); fix"):
@@ -138,7 +139,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Timer]]:
     monkeypatch.setattr(cuda_fp8, "refusal", lambda device: None)
     monkeypatch.setattr(cuda_fp8, "_dense", dense)
     monkeypatch.setattr(cuda_fp8.cslt, "matmul", sparse)
-    monkeypatch.setattr(cuda_fp8.cslt, "compress", lambda a: a)
+    monkeypatch.setattr(cuda_fp8.cslt, "compress", lambda a, trusted=False: a)
     monkeypatch.setattr(cuda_fp8.cslt_search, "best", lambda problem, index: (Algorithm(0), 1.0))
     monkeypatch.setattr(cuda_fp8.cslt_search, "operands", drawn)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())

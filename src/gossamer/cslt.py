@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import native
 from .cslt_library import CsltError, Struct, call, check, handle, library, refusal
+from .patterns import is_24
 
 TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 INTEGER, FLOAT = 0, 2  # cusparseComputeType
@@ -218,21 +219,32 @@ def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[Struc
     return described, sizes[0], sizes[1]
 
 
-def compress(a: Tensor) -> Tensor:
+def compress(a: Tensor, trusted: bool = False) -> Tensor:
     """uint8: a contiguous 2:4 matrix [rows, depth] on a GPU in the library's own layout, which it does not document.
 
-    What is not 2:4 loses values without a word: check with `patterns.is_24` first. -0.0 must not stand among zeros.
+    ValueError if it is not 2:4; -0.0 among zeros is a zero. `trusted`: it is 2:4 and has no -0.0, for sure: nothing is
+    looked at, nothing waits for the GPU, and what is not so loses values.
     """
     if reason := refusal(a.device) or Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
         raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
     if not a.is_contiguous() or a.data_ptr() % ALIGNMENT:
         raise CsltError("cslt.compress takes a contiguous matrix at an aligned address; fix: pass a.clone()")
+    a = a if trusted else checked(a)
     index = a.get_device()
     described, size, extra = _sizes(a.shape[0], a.shape[1], a.dtype, index)
     out, space = (torch.empty(n, dtype=torch.uint8, device=a.device) for n in (size, extra))
     where = a.data_ptr(), out.data_ptr(), space.data_ptr(), _stream(index)
     call("SpMMACompress2", handle(index), described.at, 1, PLAIN, *where)
     return out
+
+
+def checked(a: Tensor) -> Tensor:
+    """A 2:4 matrix without -0.0, which the library takes for a value; ValueError if it is none. Waits for the GPU."""
+    bits = a.detach().view(torch.int8 if a.itemsize == 1 else torch.int16)  # torch compares no 8-bit floats
+    kept = (bits & torch.iinfo(bits.dtype).max if a.is_floating_point() else bits) != 0
+    if not is_24(kept):
+        raise ValueError("cslt.compress takes a 2:4 matrix; fix: prune it, torch.where(patterns.hard24(a), a, 0)")
+    return torch.where(kept, bits, 0).view(a.dtype)
 
 
 def aligned(b: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def pays(rows: int, depth: int, tokens: int, index: int, each_row: bool) -> bool
         return False
     with torch.cuda.device(index):
         a, x = cslt_search.operands(problem, index)
-        packed = cslt.compress(a)
+        packed = cslt.compress(a, trusted=True)
         if each_row:
             of_x, of_a = (torch.ones(n, device=a.device) for n in (tokens, rows))
             ours = partial(multiply, x, of_x, packed, of_a)

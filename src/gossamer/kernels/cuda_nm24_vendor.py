@@ -55,7 +55,7 @@ class CudaNm24Vendor(Kernel):
         meta["made_by"] = _maker(dense.device)
         if not found:
             log.warning("no algorithm of cuSPARSELt is right on %s; it runs dense; fix: update the library", problem)
-        return Packed((cslt.compress(dense) if found else dense,), meta)
+        return Packed((cslt.compress(dense, trusted=True) if found else dense,), meta)
 
     @classmethod
     def fits(cls, meta: dict[str, Any], device: torch.device) -> bool:
