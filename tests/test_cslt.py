@@ -331,6 +331,31 @@ def test_the_prefill_kernel_refuses() -> None:
         CudaNm24Vendor.pack(a, B)
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens", "dtype", "pattern", "said"),
+    [
+        ((64, 24), 512, B, (2, 4), "multiples of 16, not 64 x 24"),
+        ((24, 64), 512, H, (2, 4), "multiples of 16, not 24 x 64"),
+        ((64, 64), 127, B, (2, 4), "at least 128 tokens"),
+        ((64, 64), 512, torch.float32, (2, 4), "x in bfloat16 or float16"),
+        ((64, 64), 512, B, (4, 8), "a weight that is 2:4, not 4:8"),
+        ((64, 64), 512, B, (2, 4), None),
+    ],
+)
+def test_what_the_prefill_kernel_leaves_to_others(
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    pattern: tuple[int, int],
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cslt, "refusal", lambda device: None)
+    a = NM.encode(torch.where(patterns.nm(torch.rand(shape), *pattern), 1.0, 0.0).bfloat16(), *pattern)
+    found = CudaNm24Vendor.refuses(Case(a.spec(), GPU, dtype, tokens))
+    assert found is None if said is None else said in (found or "")
+
+
 def operands(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     a, b = cslt_search.operands(p, 0)
     wide = (a.double(), b.double().mT if p.b_rows else b.double())
