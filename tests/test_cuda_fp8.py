@@ -110,8 +110,9 @@ class Timer:
     def __init__(self, *times: float) -> None:
         self.left, self.seen = list(times), list[str]()
 
-    def __call__(self, run: partial) -> float:
-        self.seen.append(run.func.__name__)
+    def __call__(self, *runs: partial) -> float:
+        assert len({r.args[2 if r.func.__name__ != "dense" else 1].data_ptr() for r in runs}) == len(runs) > 1
+        self.seen.append(runs[0].func.__name__)
         return self.left.pop(0)
 
 
@@ -136,6 +137,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Timer]]:
         return torch.zeros(p.rows, p.depth).to(cuda_fp8.E4M3), torch.zeros(p.columns, p.depth).to(cuda_fp8.E4M3)
 
     taken: list[str] = []
+    monkeypatch.setattr(cuda_fp8, "COLD_BYTES", 3 * 32 * 64)
     monkeypatch.setattr(cuda_fp8, "refusal", lambda device: None)
     monkeypatch.setattr(cuda_fp8, "_dense", dense)
     monkeypatch.setattr(cuda_fp8.cslt, "matmul", sparse)

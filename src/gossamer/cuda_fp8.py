@@ -26,6 +26,7 @@ E4M3 = torch.float8_e4m3fn
 MOST = torch.finfo(E4M3).max
 SCALE = nvrtc.Function("scale24.cuh", "scale24", "PPPPqq", {"BF16": 1})
 VARIANTS = (SCALE,)
+COLD_BYTES = 150 << 20  # of weights that take turns when products are timed: more than a cache holds
 MOST_TOKENS = 16384  # that are tried out; as many powers of two as are less, and others go with the next
 _library = torch.library.Library("gossamer", "FRAGMENT")
 _library.define("rows24(Tensor x, Tensor x_scale, Tensor packed, Tensor scale, Tensor? bias, Tensor? dense) -> Tensor")
@@ -152,23 +153,25 @@ def _(
 def pays(rows: int, depth: int, tokens: int, index: int, each_row: bool) -> bool:
     """Is A [rows, depth] times so many tokens faster here than `torch._scaled_mm`, on GPU `index`? Timed on first use.
 
-    `each_row`: with scales of rows, `multiply`, else `multiply_whole`. False where there is no such product.
+    `each_row`: with scales of rows, `multiply`, else `multiply_whole`. False where there is no such product. Weights
+    come from memory, as they do in a model.
     """
     problem = Problem(rows, depth, tokens, E4M3, torch.bfloat16)
     if cslt_search.best(problem, index) is None:
         return False
     with torch.cuda.device(index):
         a, x = cslt_search.operands(problem, index)
-        packed = cslt.compress(a, trusted=True)
+        weights = [a, *(a.clone() for _ in range(COLD_BYTES // a.numel()))]
+        packed = [cslt.compress(w, trusted=True) for w in weights]
         if each_row:
             of_x, of_a = (torch.ones(n, device=a.device) for n in (tokens, rows))
-            ours = partial(multiply, x, of_x, packed, of_a)
-            dense = partial(_dense, x, a, of_x.unsqueeze(1), of_a.unsqueeze(0), None)
+            ours = [partial(multiply, x, of_x, p, of_a) for p in packed]
+            dense = [partial(_dense, x, w, of_x.unsqueeze(1), of_a.unsqueeze(0), None) for w in weights]
         else:
-            ours = partial(multiply_whole, x, 1.0, packed, 1.0, rows)
             one = torch.ones((), device=a.device)
-            dense = partial(_dense, x, a, one, one, None)
-        return cslt_search.microseconds(ours) < cslt_search.WORTH * cslt_search.microseconds(dense)
+            ours = [partial(multiply_whole, x, 1.0, p, 1.0, rows) for p in packed]
+            dense = [partial(_dense, x, w, one, one, None) for w in weights]
+        return cslt_search.microseconds(*ours) < cslt_search.WORTH * cslt_search.microseconds(*dense)
 
 
 def _sparse(x: Tensor, rows: int, each_row: bool) -> bool:
