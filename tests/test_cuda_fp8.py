@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,6 +146,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Timer]]:
     monkeypatch.setattr(cuda_fp8.cslt_search, "best", lambda problem, index: (Algorithm(0), 1.0))
     monkeypatch.setattr(cuda_fp8.cslt_search, "operands", drawn)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_fp8, "_held", lambda number, device: torch.tensor(number))
     timed.taken = taken  # type: ignore[attr-defined]
     cuda_fp8.pays.cache_clear()
     yield timed
@@ -203,6 +205,22 @@ def test_without_memory_to_time_it_is_dense_this_time(fake_gpu: Any, monkeypatch
     assert fake_gpu.taken == ["dense", "sparse", "dense"]
     with pytest.raises(CsltError, match="no right algorithm"):
         cuda_fp8.multiply(x, ones[:16], a, ones)
+
+
+def test_scales_are_made_once_and_the_number_of_kept_ones_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, waits = torch.device("cpu"), list[torch.device]()
+    stream = SimpleNamespace(synchronize=lambda: waits.append(cpu))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(cuda_fp8, "_scales", {})
+    monkeypatch.setattr(cuda_fp8, "MOST_SCALES", 2)
+    found = [cuda_fp8._held(number, cpu) for number in (0.5, 2.0, 7.0)]
+    assert [t.item() for t in found] == [0.5, 2.0, 7.0] and len(cuda_fp8._scales) == 2
+    assert cuda_fp8._held(0.5, cpu) is found[0] and cuda_fp8._held(7.0, cpu) is not found[2]
+    assert len(waits) == 2
+    monkeypatch.setattr(cuda_fp8, "_scales", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert cuda_fp8._held(0.5, cpu).item() == 0.5 and not cuda_fp8._scales  # its memory is the graph's
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

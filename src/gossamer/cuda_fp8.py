@@ -26,6 +26,7 @@ E4M3 = torch.float8_e4m3fn
 MOST = torch.finfo(E4M3).max
 SCALE = nvrtc.Function("scale24.cuh", "scale24", "PPPPqq", {"BF16": 1})
 VARIANTS = (SCALE,)
+MOST_SCALES = 1024
 COLD_BYTES = 150 << 20  # of weights that take turns when products are timed: more than a cache holds
 MOST_TOKENS = 16384  # that are tried out; as many powers of two as are less, and others go with the next
 _library = torch.library.Library("gossamer", "FRAGMENT")
@@ -127,7 +128,7 @@ def _whole24(
     if not len(x):
         return x.new_empty(0, rows, dtype=torch.bfloat16)
     if dense is not None and not _sparse(x, rows, False):
-        root = torch.full((), math.sqrt(x_scale * scale), device=x.device)  # one launch for both scales
+        root = _held(math.sqrt(x_scale * scale), x.device)
         return _dense(x, dense, root, root, bias)
     y = cslt.matmul(packed, _problem(rows, x), cslt.aligned(x), _algorithm(rows, x), x_scale * scale)
     return y if bias is None else y.add_(bias)
@@ -188,6 +189,20 @@ def _sparse(x: Tensor, rows: int, each_row: bool) -> bool:
 def _dense(x: Tensor, a: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     out = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
     return torch._scaled_mm(cslt.aligned(x), a.mT, scale_a=x_scale, scale_b=scale, bias=bias, **out)
+
+
+_scales: dict[tuple[float, torch.device], Tensor] = {}
+
+
+def _held(number: float, device: torch.device) -> Tensor:
+    """The number on the GPU. The first few are kept for good, as captured graphs read them; making one waits for it."""
+    found = _scales.get((number, device))
+    if found is None:
+        found = torch.full((), number, device=device)
+        if len(_scales) < MOST_SCALES and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(device).synchronize()  # other streams will read it, too
+            _scales[number, device] = found
+    return found
 
 
 def _check(
