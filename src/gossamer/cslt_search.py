@@ -22,6 +22,7 @@ log = logging.getLogger("gossamer")
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 6e-2}
 WORTH = 0.98  # of the dense product's time: what a sparse one may take
+LAUNCH = 100_000  # cycles of the GPU, some 50 us: more than the host needs for one
 TIMED = 5  # runs of an algorithm that are timed, of which the median counts
 
 
@@ -118,7 +119,7 @@ def microseconds(*runs: Callable[[], object]) -> float:
     for run in runs:
         run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    torch.cuda._sleep(200_000 * len(runs))  # behind a wait on the GPU the launches queue up
+    torch.cuda._sleep(LAUNCH * TIMED * len(runs))  # behind a wait on the GPU the launches queue up
     marks[0].record()
     for mark in marks[1:]:
         for run in runs:
