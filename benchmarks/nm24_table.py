@@ -87,12 +87,12 @@ def chosen(by_cell: Cells, means: dict[tuple[str, str], float]) -> list[str]:
 
 def prepared(by_cell: Cells, means: dict[tuple[str, str], float]) -> list[str]:
     out = []
-    for how, text in (("graph", "in a CUDA graph"), ("eager", "eager, one layer after the other")):
+    for how, text in (("graph", "in a CUDA graph"), ("eager", "eager, one after the other")):
         worst = means.get(("worst_dispatched", how))
         if worst is None:
             continue
         out += [
-            f"Layers as `gossamer.prepare` leaves them, {text}: `nn.Linear` / ours by tokens, and the kernel that ran",
+            f"Layers as `gossamer.prepare` leaves them, {text}: `nn.Linear` / ours, and what ran",
             f"(the slowest {worst:.3f}):",
             "",
             *table(by_cell, (f"dispatched, {how}", LINEAR), named=True),
