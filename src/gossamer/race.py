@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from .kernels import Case, Kernel, Packed, registry
 from .lock import Lock
 from .nn import SparseLinear
 from .packs import Packs, dense_copy, reversible
-
-log = logging.getLogger("gossamer")
 
 SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
 SWEEP_BYTES = {"cpu": 64 << 20, "cuda": 200 << 20}  # more than a cache of one core or one GPU holds
@@ -126,14 +123,12 @@ class Race:
         sample = _cold(found, self.footprint) if missing else found[:1]
         matrices = [dense_copy(f, dtype) for f in sample] if whole else sample
         packed = [Packs(a, dtype) for a in matrices]
-        packs = _packed(names, packed)
-        names = {name: k for name, k in names.items() if name in packs}
-        able = {n: [k for k in kernels if k.name in packs] for n, kernels in able.items()}
+        packs = {name: [p.of(k) for p in packed] for name, k in names.items()}
         if keep is not None:
             keep.update({name: each[0] for name, each in packs.items()})
         for n, kernels in missing.items():
             x = torch.randn(n, spec["shape"][1], device=device).to(dtype)
-            runners = {k.name: [_call(k, x, p) for p in packs[k.name]] for k in kernels if k.name in packs}
+            runners = {k.name: [_call(k, x, p) for p in packs[k.name]] for k in kernels}
             self.book.merge(place, n, timing.race(runners, device))
         times = self.book.times[place]
         sources = {name: replace and packed[0].source(k) is not None for name, k in names.items()}
@@ -156,25 +151,6 @@ class Race:
         # A dense copy that is decoded again for each product is nobody's choice, and the oracle needs stored tensors.
         needless = whole or (replace and any(reversible(k) for k in able))
         return [k for k in able if not (needless and k.name == dispatch.ORACLE)]
-
-
-def _packed(kernels: Mapping[str, type[Kernel]], matrices: Sequence[Packs]) -> dict[str, list[Packed]]:
-    """What each kernel packs of each matrix, without the kernels that there is no memory for."""
-    found: dict[str, list[Packed]] = {}
-    for name, kernel in kernels.items():
-        try:
-            found[name] = [m.of(kernel) for m in matrices]
-        except torch.OutOfMemoryError:
-            if not found and name == [*kernels][-1]:  # nothing is left to run them with
-                raise
-            _say(f"no memory to try out {name}; layers run without it")
-    return found
-
-
-@cache
-def _say(message: str) -> None:
-    """Once per message."""
-    log.warning("%s; fix: make room and run gossamer.prepare again", message)
 
 
 def _cold(found: Sequence[Format], footprint: int) -> list[Format]:
