@@ -7,7 +7,8 @@ fastest of torch's dense products, in both orders of the operands. Summaries: "d
 64 tokens by `cuda_nm24`; "prefill_geomean" over shapes whose sides are 4,096 or more at 4,096 or more tokens by
 `cuda_nm24_vendor`, in a graph and eager (variant); "fp8_geomean" of `cuda_fp8` against `torch._scaled_mm` on the same,
 both with a scale for each operand, and with scales of rows (variant; no bar); "worst_dispatched" of layers as
-`gossamer.prepare` leaves them against `nn.Linear`, in a graph and eager (variant), many layers one after the other; and
+`gossamer.prepare` leaves them against `nn.Linear`, in a graph and eager (variant), many layers one after the other, and
+of `cuda_fp8` given the dense matrix, too (variants "8 bits"); and
 "host_us", microseconds of the host for a call of `cuda_nm24_vendor` as a layer makes it; lines beside it say what the
 layer itself and the op through torch's dispatcher take, and torch's own dense product.
 """
@@ -42,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192)]
 DECODE, PREFILL = (1, 2, 4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192, 16384)
 LARGE = 4096
+DISPATCHED_8 = (512, 4096, 16384)
 DISPATCHED = [(1024, 4096), *SHAPES[:4]], (1, 16, 64, 128, 512, 4096)
 MUST = {"decode_geomean": 1.35, "prefill_geomean": 1.42, "fp8_geomean": 1.25, "host_us": 15.0, "worst_dispatched": 0.97}
 TOLERANCE = 4e-3  # relative (Frobenius), of two products in bfloat16
@@ -142,41 +144,71 @@ def fp8(report: Report) -> None:
     for m, k in SHAPES:
         a = two_of_four(m, k)
         for n in PREFILL[3:]:
-            x = torch.randn(n, k, device="cuda", dtype=a.dtype)
-            case = {"shape": [m, k], "tokens": n, "dtype": "float8_e4m3fn", "variant": "prefill, graph"}
-            dense, (ours, spread) = fp8_whole(x, a)
-            report.line(case, ours, spread, "torch._scaled_mm", dense, "fp8", scales="quantized")
-            dense, (ours, spread) = fp8_rows(x, a)
-            by_rows = case | {"variant": "prefill, graph, scales of rows"}
-            report.line(by_rows, ours, spread, "torch._scaled_mm", dense, "rows", scales="quantized")
-    report.geomean("fp8_geomean", {}, "fp8")
-    report.geomean("fp8_geomean", {"variant": "scales of rows"}, "rows", barred=False)
+            for of, product in EIGHT.items():
+                case = {"shape": [m, k], "tokens": n, "dtype": "float8_e4m3fn", "variant": f"prefill, graph{of}"}
+                x = torch.randn(n, k, device="cuda", dtype=a.dtype)
+                dense, (ours, spread) = product(x, a, False)
+                report.line(case, ours, spread, "torch._scaled_mm", dense, f"fp8{of}", scales="quantized")
+    for of in EIGHT:
+        report.geomean("fp8_geomean", {"variant": "scales of rows"} if of else {}, f"fp8{of}", barred=not of)
 
 
-def fp8_whole(x: Tensor, a: Tensor) -> tuple[float, tuple[float, float]]:
+def fp8_dispatched(report: Report) -> None:
+    for m, k in SHAPES:
+        a = two_of_four(m, k)
+        for n in DISPATCHED_8:
+            for of, product in EIGHT.items():
+                case = {"shape": [m, k], "tokens": n, "dtype": "float8_e4m3fn", "variant": f"dispatched, graph{of}"}
+                x = torch.randn(n, k, device="cuda", dtype=a.dtype)
+                dense, (ours, spread) = product(x, a, True)
+                more = {"scales": "quantized", "kernel": "sparse" if cuda_fp8.pays(m, k, n, 0, bool(of)) else "dense"}
+                report.line(case, ours, spread, "torch._scaled_mm", dense, f"dispatched{of}", **more)
+    for of in EIGHT:
+        ratios = report.ratios[f"dispatched{of}"]
+        report.summary("worst_dispatched", {"variant": f"graph, 8 bits{of}"}, min(ratios), len(ratios))
+
+
+def fp8_whole(x: Tensor, a: Tensor, chosen: bool) -> tuple[float, tuple[float, float]]:
     """With a scale for x and one for the weight: dense, which reads them on the GPU, and ours."""
     (x8, x_scale), (a8, scale) = cuda_fp8.quantized_whole(x), cuda_fp8.quantized_whole(a)
-    scales = (torch.tensor(s, device="cuda") for s in (x_scale, scale))
-    return compared(x8, a8, scales, lambda packed: cuda_fp8.multiply_whole(x8, x_scale, packed, scale, len(a)))
+    scales = [torch.tensor(s, device="cuda") for s in (x_scale, scale)]
+
+    def ours(packed: Tensor, dense: Tensor | None = None) -> Tensor:
+        return cuda_fp8.multiply_whole(x8, x_scale, packed, scale, len(a), None, dense)
+
+    return compared(x8, a8, scales, ours, chosen)
 
 
-def fp8_rows(x: Tensor, a: Tensor) -> tuple[float, tuple[float, float]]:
+def fp8_rows(x: Tensor, a: Tensor, chosen: bool) -> tuple[float, tuple[float, float]]:
     """With a scale for every row of x and of the weight: dense, and ours."""
     (x8, x_scale), (a8, scale) = cuda_fp8.quantized(x), cuda_fp8.quantized(a)
-    scales = x_scale.unsqueeze(1), scale.unsqueeze(0)
-    return compared(x8, a8, scales, lambda packed: cuda_fp8.multiply(x8, x_scale, packed, scale))
+
+    def ours(packed: Tensor, dense: Tensor | None = None) -> Tensor:
+        return cuda_fp8.multiply(x8, x_scale, packed, scale, None, dense)
+
+    return compared(x8, a8, [x_scale.unsqueeze(1), scale.unsqueeze(0)], ours, chosen)
+
+
+EIGHT = {"": fp8_whole, ", scales of rows": fp8_rows}
 
 
 def compared(
-    x: Tensor, a: Tensor, scales: Iterable[Tensor], ours: Callable[[Tensor], Tensor]
+    x: Tensor, a: Tensor, scales: Sequence[Tensor], ours: Callable[..., Tensor], chosen: bool
 ) -> tuple[float, tuple[float, float]]:
-    out = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-    scaled = partial(torch._scaled_mm, **dict(zip(("scale_a", "scale_b"), scales, strict=True)), **out)
-    packed = cslt.compress(a)
-    y, expected = ours(packed)[:256], scaled(x, a.mT)[:256]
+    """torch's product and ours; `chosen`: ours is given the dense matrix, too, and both take turns."""
+    scaled = partial(
+        torch._scaled_mm, scale_a=scales[0], scale_b=scales[1], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    held = [cslt.compress(a), a] if chosen else [cslt.compress(a)]
+    y, expected = ours(*held)[:256], scaled(x, a.mT)[:256]
     assert float((y.double() - expected.double()).norm() / expected.double().norm()) < 2e-2
-    found = graphed([partial(ours, own[0]) for own in copies([packed])])
-    return graphed([partial(scaled, x, own[0].mT) for own in copies([a])])[0], found
+    calls = [partial(ours, *own) for own in copies(held)]
+    dense = [partial(scaled, x, own[0].mT) for own in copies([a])]
+    if not chosen:
+        found = graphed(calls)
+        return graphed(dense)[0], found
+    found, (value, _) = in_turns(captured(calls), captured(dense), 3)
+    return value, found
 
 
 def dispatched(report: Report) -> None:
@@ -235,6 +267,7 @@ def host(report: Report) -> None:
 
 
 PARTS = {"host": host, "decode": decode, "prefill": prefill, "fp8": fp8, "dispatched": dispatched}
+PARTS |= {"fp8_dispatched": fp8_dispatched}
 
 
 def main() -> None:

@@ -66,18 +66,33 @@ def products() -> list[str]:
         f"({means['fp8_geomean', 'scales of rows']:.2f}; slower than dense in {slower} of {len(rows)}):",
         "",
         *table(by_cell, ("prefill, graph, 8 bits", SCALED), ("prefill, graph, scales of rows, 8 bits", SCALED)),
+        *chosen(by_cell, means),
         *prepared(by_cell, means),
     ]
 
 
+def chosen(by_cell: Cells, means: dict[tuple[str, str], float]) -> list[str]:
+    """Of 8 bits, given the dense matrix, too."""
+    out = []
+    for scales, text in (("", "one scale for each operand"), (", scales of rows", "a scale for each row")):
+        worst = means.get(("worst_dispatched", f"graph, 8 bits{scales}"))
+        if worst is not None:
+            out += [
+                f"The same given the dense matrix, too, {text}: what was taken, and the ratio (the least {worst:.3f}):",
+                "",
+                *table(by_cell, (f"dispatched, graph{scales}, 8 bits", SCALED), named=True),
+            ]
+    return out
+
+
 def prepared(by_cell: Cells, means: dict[tuple[str, str], float]) -> list[str]:
     out = []
-    for how, text in (("graph", "in a CUDA graph"), ("eager", "eager, one layer after the other")):
+    for how, text in (("graph", "in a CUDA graph"), ("eager", "eager, one after the other")):
         worst = means.get(("worst_dispatched", how))
         if worst is None:
             continue
         out += [
-            f"Layers as `gossamer.prepare` leaves them, {text}: `nn.Linear` / ours by tokens, and the kernel that ran",
+            f"Layers as `gossamer.prepare` leaves them, {text}: `nn.Linear` / ours, and what ran",
             f"(the slowest {worst:.3f}):",
             "",
             *table(by_cell, (f"dispatched, {how}", LINEAR), named=True),

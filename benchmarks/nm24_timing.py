@@ -80,10 +80,10 @@ def captured(calls: Sequence[Call]) -> tuple[Call, int]:
     return graph.replay, count
 
 
-def in_turns(ours: tuple[Call, int], dense: tuple[Call, int]) -> list[tuple[float, float]]:
+def in_turns(ours: tuple[Call, int], dense: tuple[Call, int], turns: int = TURNS) -> list[tuple[float, float]]:
     """Of both, median microseconds a call, and interquartile range / median."""
     times: list[list[float]] = [[], []]
-    for _ in range(TURNS):
+    for _ in range(turns):
         for found, (run, count) in zip(times, (ours, dense), strict=True):
             found.append(timed(run, count, 2)[0])
     return [(q[1], (q[2] - q[0]) / q[1]) for q in (statistics.quantiles(t, n=4) for t in times)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import pickle
 import re
 from functools import partial
@@ -118,6 +119,23 @@ def test_compressing_needs_a_gpu() -> None:
         cslt.compress(torch.zeros(64, 64, dtype=B))
 
 
+@pytest.mark.parametrize("dtype", [B, H, F8, torch.int8], ids=str)
+def test_only_2_of_4_is_compressed(dtype: torch.dtype) -> None:
+    a = torch.tensor([[-0.0, 1.0, 0.0, -2.0, 3.0, -0.0, -0.0, 4.0]]).to(dtype)
+    clean = cslt.checked(a)
+    assert (
+        clean.dtype == dtype
+        and torch.equal(clean.float(), a.float())
+        and not torch.signbit(clean.float()[a.float() == 0]).any()
+    )
+    a[0, 0] = 1
+    with pytest.raises(ValueError, match="takes a 2:4 matrix; fix: prune it"):
+        cslt.checked(a)
+    if dtype.is_floating_point:
+        with pytest.raises(ValueError, match="takes a 2:4 matrix; fix: prune it"):
+            cslt.checked(torch.tensor([[float("nan"), 1.0, 0.0, 1.0]]).to(dtype))
+
+
 GPU = torch.device("cuda", 0)
 
 
@@ -163,6 +181,70 @@ def test_running_out_of_memory_is_not_remembered(monkeypatch: pytest.MonkeyPatch
     assert ffn24.worth(p, 0) == found and cslt_search.best(p, 0) == (found, 3.0)
     cslt_search.best.cache_clear()
     ffn24.worth.cache_clear()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("room", [0, 600, 20_000])
+def test_sizes_that_there_is_no_memory_to_try_out(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """They go with the largest that was tried out; once there is memory they are tried out."""
+
+    def best(p: Problem, index: int) -> tuple[cslt.Algorithm, float]:
+        if p.columns > limit[0]:
+            raise torch.OutOfMemoryError("full")
+        return cslt.Algorithm(p.columns % 7), 1.0
+
+    limit = [room]
+    monkeypatch.setattr(cslt_search, "best", best)
+    p = Problem(64, 64, 128, B, B)
+    if not room:
+        with pytest.raises(torch.OutOfMemoryError):
+            cuda_nm24_vendor._algorithms(p, 0)
+    else:
+        found = cuda_nm24_vendor._algorithms(p, 0)
+        assert found == [[n, n % 7] for n in cuda_nm24_vendor.SIZES if n <= room]
+        assert cuda_nm24_vendor._choice(found, 9_999) == cslt.Algorithm((512 if room == 600 else 16384) % 7)
+    limit[0] = 20_000
+    assert len(cuda_nm24_vendor._algorithms(p, 0)) == len(cuda_nm24_vendor.SIZES)
+
+
+def test_what_the_library_made_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the plan, and of a plan that failed half-way; once, and nothing that was not made."""
+    made, freed = list[tuple[str, int]](), list[tuple[str, int]]()
+    failing: set[str] = set()
+
+    class Library:
+        cusparseLtMatmul = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+
+        def __getattr__(self, name: str):
+            def entry(first: int, *args: Any) -> int:
+                if name.endswith("Destroy"):
+                    freed.append((name.removesuffix("Destroy"), first))
+                elif name.endswith("Init") and name not in failing:
+                    made.append((name.removesuffix("Init"), args[0]))
+                return int(name in failing)
+
+            return entry
+
+        def cusparseLtGetErrorString(self, status: int) -> bytes:
+            return b"failed"
+
+    fake = Library()
+    for module in (cslt, cslt_library):
+        monkeypatch.setattr(module, "library", lambda: fake)
+    monkeypatch.setattr(cslt, "handle", lambda index: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    plan = cslt.Plan(Problem(64, 64, 64, B, B), cslt.Algorithm(0), 0)
+    assert len(made) == 6 and not freed
+    del plan
+    gc.collect()
+    wanted = {(n.replace("Dense", "Mat").replace("Structured", "Mat"), at) for n, at in made}
+    wanted = {(n, at) for n, at in wanted if n != "cusparseLtMatmulDescriptor"}  # has nothing of its own
+    assert len(freed) == 5 and set(freed) == wanted
+    made.clear(), freed.clear()
+    failing.add("cusparseLtMatmulAlgSelectionInit")
+    with pytest.raises(CsltError, match="cusparseLtMatmulAlgSelectionInit: error 1, failed; fix"):
+        cslt.Plan(Problem(64, 64, 64, B, B), cslt.Algorithm(0), 0)
+    gc.collect()
+    assert sorted(at for _, at in freed) == sorted(at for n, at in made if "Matmul" not in n) and len(freed) == 3
 
 
 def test_what_another_machine_packed_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +331,31 @@ def test_the_prefill_kernel_refuses() -> None:
         CudaNm24Vendor.pack(a, B)
 
 
+@pytest.mark.parametrize(
+    ("shape", "tokens", "dtype", "pattern", "said"),
+    [
+        ((64, 24), 512, B, (2, 4), "multiples of 16, not 64 x 24"),
+        ((24, 64), 512, H, (2, 4), "multiples of 16, not 24 x 64"),
+        ((64, 64), 127, B, (2, 4), "at least 128 tokens"),
+        ((64, 64), 512, torch.float32, (2, 4), "x in bfloat16 or float16"),
+        ((64, 64), 512, B, (4, 8), "a weight that is 2:4, not 4:8"),
+        ((64, 64), 512, B, (2, 4), None),
+    ],
+)
+def test_what_the_prefill_kernel_leaves_to_others(
+    shape: tuple[int, int],
+    tokens: int,
+    dtype: torch.dtype,
+    pattern: tuple[int, int],
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cslt, "refusal", lambda device: None)
+    a = NM.encode(torch.where(patterns.nm(torch.rand(shape), *pattern), 1.0, 0.0).bfloat16(), *pattern)
+    found = CudaNm24Vendor.refuses(Case(a.spec(), GPU, dtype, tokens))
+    assert found is None if said is None else said in (found or "")
+
+
 def operands(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     a, b = cslt_search.operands(p, 0)
     wide = (a.double(), b.double().mT if p.b_rows else b.double())
@@ -311,6 +418,10 @@ def test_compress_checks_its_input() -> None:
         cslt.compress(torch.zeros(16, 24, dtype=B, device="cuda"))
     with pytest.raises(CsltError, match="contiguous"):
         cslt.compress(torch.zeros(32, 32, dtype=B, device="cuda").mT[:16])
+    a = cslt_search.operands(Problem(32, 32, 16, B, B), 0)[0]
+    assert torch.equal(cslt.compress(torch.where(a == 0, -0.0, a)), cslt.compress(a, trusted=True))
+    with pytest.raises(ValueError, match="takes a 2:4 matrix; fix: prune it"):
+        cslt.compress(torch.ones_like(a))
 
 
 @pytest.mark.gpu

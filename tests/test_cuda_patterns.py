@@ -175,7 +175,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("act", "gated"), [("silu", True), ("gelu_tanh", False)])
+@pytest.mark.parametrize(("act", "gated"), [("silu", True), ("gelu_tanh", False), ("gelu_tanh", True)])
 def test_activations(emulated, act: str, gated: bool) -> None:
     z, dh = torch.randn(128, 64 * (1 + gated)).bfloat16(), torch.randn(128, 64).bfloat16()
     h, dz = feed_forward(z, dh, act, gated)

@@ -62,7 +62,9 @@ def test_a_kernel_asked_for_by_name_runs_or_raises(monkeypatch: pytest.MonkeyPat
     assert dispatch.choose(case()).name == "reference"
     monkeypatch.setenv("GOSSAMER_KERNEL", "cpu_bitmask")
     assert dispatch.choose(case()).name == "cpu_bitmask"
-    with pytest.raises(KernelError, match="cpu_bitmask.*asked for by name.*needs x in float32 or bfloat16"):
+    with pytest.raises(
+        KernelError, match="cpu_bitmask.*asked for by name.*needs x in float32 or bfloat16.*; fix: name another"
+    ):
         dispatch.choose(case(dtype=torch.float64))
     with pytest.raises(KernelError, match="needs x on cpu"):
         dispatch.choose(case(device="cuda"))

@@ -57,7 +57,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["s_ste", "transposable", "fst"])
-@pytest.mark.parametrize(("act", "gated"), [("silu", True), ("gelu_tanh", False)])
+@pytest.mark.parametrize(("act", "gated"), [("silu", True), ("gelu_tanh", False), ("gelu_tanh", True)])
 @pytest.mark.parametrize("always", [True, False])
 def test_gradients(recipe: Recipe, act, gated: bool, always: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if always:  # sparse even where dense is faster

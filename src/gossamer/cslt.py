@@ -8,7 +8,6 @@ torch.compile cannot trace it.
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import native
 from .cslt_library import CsltError, Struct, call, check, handle, library, refusal
+from .patterns import is_24
 
 TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
 INTEGER, FLOAT = 0, 2  # cusparseComputeType
@@ -28,6 +28,7 @@ COLUMNS, ROWS = 1, 2  # cusparseOrder_t
 BIAS = 8  # cusparseLtMatmulDescAttribute_t
 CONFIG, CONFIGS = 0, 1  # cusparseLtMatmulAlgAttribute_t
 ALIGNMENT = 16  # bytes, of every matrix
+DESTROY = "MatDescriptorDestroy"
 MAX_PLANS = 1024
 
 
@@ -81,7 +82,7 @@ class Plan:
         with torch.cuda.device(index):
             self._describe(problem)
             self._select(algorithm)
-            call("MatmulPlanInit", self._handle, self._plan.at, self._product.at, self._choice.at)
+            self._plan.fill("MatmulPlanInit", "MatmulPlanDestroy", self._handle, self._product.at, self._choice.at)
             size = ctypes.c_size_t()
             call("MatmulGetWorkspace", self._handle, self._plan.at, ctypes.byref(size))
         self.workspace = size.value
@@ -90,11 +91,12 @@ class Plan:
 
     def _describe(self, p: Problem) -> None:
         sparse = p.rows, p.depth, p.depth, ALIGNMENT, TYPES[p.dtype], ROWS
-        call("StructuredDescriptorInit", self._handle, self._a.at, *sparse, 0)
+        self._a.fill("StructuredDescriptorInit", DESTROY, self._handle, *sparse, 0)
         right = (p.columns, p.depth) if p.b_rows else (p.depth, p.columns)
-        call("DenseDescriptorInit", self._handle, self._b.at, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
+        dense = "DenseDescriptorInit", DESTROY, self._handle
+        self._b.fill(*dense, *right, right[1], ALIGNMENT, TYPES[p.dtype], ROWS)
         lead, order = (p.rows, COLUMNS) if p.d_rows else (p.columns, ROWS)
-        call("DenseDescriptorInit", self._handle, self._d.at, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
+        self._d.fill(*dense, p.rows, p.columns, lead, ALIGNMENT, TYPES[p.out], order)
         compute = INTEGER if p.dtype == torch.int8 else FLOAT
         operands = self._a.at, self._b.at, self._d.at, self._d.at
         op = TRANSPOSED if p.b_rows else PLAIN
@@ -107,7 +109,7 @@ class Plan:
         call("MatmulDescSetAttribute", self._handle, self._product.at, name, ctypes.byref(value), size)
 
     def _select(self, algorithm: Algorithm) -> None:
-        call("MatmulAlgSelectionInit", self._handle, self._choice.at, self._product.at, 0)
+        self._choice.fill("MatmulAlgSelectionInit", "MatmulAlgSelectionDestroy", self._handle, self._product.at, 0)
         number = ctypes.c_int(algorithm.config)
         call("MatmulAlgSetAttribute", self._handle, self._choice.at, CONFIG, ctypes.byref(number), 4)
 
@@ -148,10 +150,6 @@ class Plan:
             return d
 
         return product
-
-    def __del__(self) -> None:
-        if hasattr(self, "workspace") and not sys.is_finalizing():
-            library().cusparseLtMatmulPlanDestroy(self._plan.at)
 
 
 _ONE = (ctypes.c_float * 2)(1.0, 0.0)  # alpha and beta
@@ -215,27 +213,38 @@ def _sizes(rows: int, depth: int, dtype: torch.dtype, index: int) -> tuple[Struc
     """The description of a sparse matrix, its bytes compressed, and those that compressing takes besides."""
     described, sizes = Struct(), (ctypes.c_size_t * 2)()
     shape = rows, depth, depth, ALIGNMENT, TYPES[dtype], ROWS
-    call("StructuredDescriptorInit", handle(index), described.at, *shape, 0)
+    described.fill("StructuredDescriptorInit", DESTROY, handle(index), *shape, 0)
     first = ctypes.addressof(sizes)
     call("SpMMACompressedSize2", handle(index), described.at, first, first + ctypes.sizeof(ctypes.c_size_t))
     return described, sizes[0], sizes[1]
 
 
-def compress(a: Tensor) -> Tensor:
+def compress(a: Tensor, trusted: bool = False) -> Tensor:
     """uint8: a contiguous 2:4 matrix [rows, depth] on a GPU in the library's own layout, which it does not document.
 
-    What is not 2:4 loses values without a word: check with `patterns.is_24` first. -0.0 must not stand among zeros.
+    ValueError if it is not 2:4; -0.0 among zeros is a zero. `trusted`: it is 2:4 and has no -0.0, for sure: nothing is
+    looked at, nothing waits for the GPU, and what is not so loses values.
     """
     if reason := refusal(a.device) or Problem(a.shape[0], a.shape[1], 16, a.dtype, a.dtype).refuses():
         raise CsltError(f"cuSPARSELt needs {reason}; fix: run it dense, or pad the matrix")
     if not a.is_contiguous() or a.data_ptr() % ALIGNMENT:
         raise CsltError("cslt.compress takes a contiguous matrix at an aligned address; fix: pass a.clone()")
+    a = a if trusted else checked(a)
     index = a.get_device()
     described, size, extra = _sizes(a.shape[0], a.shape[1], a.dtype, index)
     out, space = (torch.empty(n, dtype=torch.uint8, device=a.device) for n in (size, extra))
     where = a.data_ptr(), out.data_ptr(), space.data_ptr(), _stream(index)
     call("SpMMACompress2", handle(index), described.at, 1, PLAIN, *where)
     return out
+
+
+def checked(a: Tensor) -> Tensor:
+    """A 2:4 matrix without -0.0, which the library takes for a value; ValueError if it is none. Waits for the GPU."""
+    bits = a.detach().view(torch.int8 if a.itemsize == 1 else torch.int16)  # torch compares no 8-bit floats
+    kept = (bits & torch.iinfo(bits.dtype).max if a.is_floating_point() else bits) != 0
+    if not is_24(kept):
+        raise ValueError("cslt.compress takes a 2:4 matrix; fix: prune it, torch.where(patterns.hard24(a), a, 0)")
+    return torch.where(kept, bits, 0).view(a.dtype)
 
 
 def aligned(b: Tensor) -> Tensor:

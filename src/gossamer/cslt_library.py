@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,17 @@ class Struct:
         self.memory = ctypes.create_string_buffer(512 + 16)
         self.at = (ctypes.addressof(self.memory) + 15) // 16 * 16
 
+    def fill(self, init: str, destroy: str, handle: int, *args: Any) -> None:
+        """Calls `cusparseLt<init>`; what that made is given back by `cusparseLt<destroy>` together with this object."""
+        call(init, handle, self.at, *args)
+        freed = weakref.finalize(self, _give_back, destroy, self.memory, self.at)
+        freed.atexit = False  # a process that ends gives back everything
+
+
+def _give_back(destroy: str, memory: Any, at: int) -> None:
+    """`memory`, where the structure is, lives until then."""
+    getattr(library(), f"cusparseLt{destroy}")(at)
+
 
 @cache
 def library() -> ctypes.CDLL:
@@ -48,6 +60,8 @@ def library() -> ctypes.CDLL:
         "MatmulGetWorkspace": [pointer, pointer, pointer],
         "MatmulPlanInit": [pointer] * 4,
         "MatmulPlanDestroy": [pointer],
+        "MatmulAlgSelectionDestroy": [pointer],
+        "MatDescriptorDestroy": [pointer],
         "Matmul": [*[pointer] * 10, ctypes.c_int32],
         "SpMMACompressedSize2": [pointer] * 4,
         "SpMMACompress2": [pointer, pointer, ctypes.c_int, ctypes.c_int, *[pointer] * 4],

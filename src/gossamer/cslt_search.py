@@ -21,6 +21,8 @@ from .cslt import Algorithm, CsltError, Problem
 log = logging.getLogger("gossamer")
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 6e-2}
+WORTH = 0.98  # of the dense product's time: what a sparse one may take
+LAUNCH = 100_000  # cycles of the GPU, some 50 us: more than the host needs for one
 TIMED = 5  # runs of an algorithm that are timed, of which the median counts
 
 
@@ -45,7 +47,7 @@ def best(problem: Problem, index: int) -> tuple[Algorithm, float] | None:
 def trials(problem: Problem, index: int) -> Iterator[tuple[Algorithm, float, str | None]]:
     """(algorithm, microseconds, what is wrong with it) for every algorithm."""
     a, b = operands(problem, index)
-    expected, packed = _dense(problem, a, b), cslt.compress(a)
+    expected, packed = _dense(problem, a, b), cslt.compress(a, trusted=True)
     for algorithm in _candidates(problem, index):
         try:
             ready = cslt.Plan(problem, algorithm, index)
@@ -112,15 +114,17 @@ def _error(d: Tensor, expected: Tensor) -> float:
     return float((d - expected).norm() / expected.norm())
 
 
-def microseconds(run: Callable[[], object]) -> float:
-    """Median microseconds on the GPU."""
-    run()
+def microseconds(*runs: Callable[[], object]) -> float:
+    """Median microseconds on the GPU of one of these, made in turn: of one alone, what it reads is in the cache."""
+    for run in runs:
+        run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    torch.cuda._sleep(200_000)  # behind a wait on the GPU the launches queue up
+    torch.cuda._sleep(LAUNCH * TIMED * len(runs))  # behind a wait on the GPU the launches queue up
     marks[0].record()
     for mark in marks[1:]:
-        run()
+        for run in runs:
+            run()
         mark.record()
     marks[-1].synchronize()
     times = sorted(first.elapsed_time(second) for first, second in pairwise(marks))
-    return times[TIMED // 2] * 1e3
+    return times[TIMED // 2] * 1e3 / len(runs)

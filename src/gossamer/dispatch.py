@@ -208,7 +208,8 @@ def required(name: str, case: Case) -> type[Kernel]:
     kernel = registry[name]
     reason = f"x on {kernel.device}" if kernel.device not in ("any", case.device.type) else kernel.refuses(case)
     if reason:
-        raise KernelError(f"kernel '{name}' was asked for by name but it needs {reason}")
+        fix = "name another, or for prepare other numbers of tokens"
+        raise KernelError(f"kernel '{name}' was asked for by name but it needs {reason}; fix: {fix}")
     return kernel
 
 

@@ -87,7 +87,9 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     return torch.ops.gossamer.linear(x, parts, layout, bias)
 
 
-is_compiling, _exporting, _grad = torch.compiler.is_compiling, torch.compiler.is_exporting, torch.is_grad_enabled
+# Not `is_compiling`, which takes longer: what it knows besides, an export that is not traced, has modes of its own.
+is_compiling, _exporting = torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting
+_grad = torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 

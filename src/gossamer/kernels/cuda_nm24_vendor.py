@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -56,7 +55,7 @@ class CudaNm24Vendor(Kernel):
         meta["made_by"] = _maker(dense.device)
         if not found:
             log.warning("no algorithm of cuSPARSELt is right on %s; it runs dense; fix: update the library", problem)
-        return Packed((cslt.compress(dense) if found else dense,), meta)
+        return Packed((cslt.compress(dense, trusted=True) if found else dense,), meta)
 
     @classmethod
     def fits(cls, meta: dict[str, Any], device: torch.device) -> bool:
@@ -125,8 +124,16 @@ def _choice(algorithms: Sequence[Sequence[int]], tokens: int) -> Algorithm:
     return Algorithm(*found[1:])
 
 
-@cache
 def _algorithms(problem: Problem, index: int) -> list[list[int]]:
-    """[tokens, the algorithm] of each size that has one, ascending."""
-    found = [(n, cslt_search.best(problem._replace(columns=n), index)) for n in SIZES]
-    return [[n, *best[0]] for n, best in found if best]
+    """[tokens, the algorithm] of each size that has one, ascending; up to the size that there is memory to try out."""
+    found: list[list[int]] = []
+    for n in SIZES:
+        try:
+            best = cslt_search.best(problem._replace(columns=n), index)
+        except torch.OutOfMemoryError:
+            if not found:
+                raise
+            log.info("no memory to try out %d tokens on %s; they go with the algorithm of %d", n, problem, found[-1][0])
+            break
+        found += [[n, *best[0]]] if best else []
+    return found

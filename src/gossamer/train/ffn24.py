@@ -19,13 +19,13 @@ from torch import Tensor
 
 from .. import cslt, cslt_search, cuda_patterns
 from ..cslt import Algorithm, Problem
+from ..cslt_search import WORTH
 from ..cuda_patterns import Act
 
 log = logging.getLogger("gossamer")
 
 Recipe = Literal["s_ste", "transposable", "fst"]
 Function = TypeVar("Function", bound=Callable[..., Any])
-WORTH = 0.98  # of the dense product's time: what a sparse one may take
 
 
 def uncompiled(function: Function) -> Function:
