@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.io
 import scipy.sparse
 import torch
@@ -195,9 +197,22 @@ def test_save_and_load(tmp_path: Path) -> None:
     found = SparseMatrix(tmp_path / "a.safetensors")
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.torch().to_dense().nan_to_num(7), a.bfloat16().nan_to_num(7))
-    (tmp_path / "b.safetensors").write_bytes(b"")
-    with pytest.raises(Exception):  # noqa: B017 - safetensors' own
+
+
+def test_files_that_hold_no_matrix(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"a.safetensors is no safetensors file: .*; fix: write it with"):
+        SparseMatrix(tmp_path / "a.safetensors")
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors")
+    with pytest.raises(FormatError, match=r"holds no SparseMatrix; fix: write it with"):
         SparseMatrix(tmp_path / "b.safetensors")
+    for missing in (tmp_path / "c.safetensors", str(tmp_path / "c.mtx"), tmp_path):
+        with pytest.raises(FileNotFoundError, match="is no file; fix: give the path"):
+            SparseMatrix(missing)
+    for suffix, packed in ((".gz", gzip.compress(b"%" * 99)[:-9]), (".xz", b"no"), (".bz2", b"no")):
+        (tmp_path / f"d.mtx{suffix}").write_bytes(packed)
+        with pytest.raises(FormatError, match="it does not unpack: .*; fix: write it again"):
+            SparseMatrix(tmp_path / f"d.mtx{suffix}")
 
 
 def test_copies_stand_on_their_own() -> None:
