@@ -23,7 +23,7 @@ from torch import Tensor
 from gossamer import reorder
 from gossamer.formats import FormatError
 from gossamer.matrix import SparseMatrix, spmm
-from gossamer.spmm import Csr, KernelError, memory, model, registry
+from gossamer.spmm import Csr, KernelError, Way, memory, model, registry
 from gossamer.spmm.choice import Chooser
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -479,6 +479,19 @@ def test_the_default_races_with_nobody_who_is_far_behind(monkeypatch, tmp_path: 
     races = rivals_on_the_cpu(monkeypatch, "dense")
     monkeypatch.setattr("gossamer.spmm.model.microseconds", lambda way, *_: 7.0 if way.kernel == "dense" else 2.0)
     assert str(SparseMatrix(random()).way(8)) == "vendor" and not races
+
+
+def test_a_race_is_between_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of each of our kernels, one of each of the library's, as far as they come near the pick."""
+    rows, windows = (
+        [Way(k, ((knob, i),)) for i in range(3)] for k, knob in (("cuda_rows", "unroll"), ("cuda_windows", "rows"))
+    )
+    library = [Way("cusparse", ((knob, i),)) for knob, i in (("alg", 3), ("alg", 2), ("ell", 32))]
+    times = [1.0, 1.1, 1.2, 1.2, 1.3, 1.4, 2.8, 2.9, 2.9, 3.1]
+    predicted = dict(zip([*rows, *windows, *library, Way("dense")], times, strict=True))
+    monkeypatch.setattr(Chooser, "predicted", lambda self, n: predicted)
+    found = Chooser(Csr.of(random()), False, False, False)._rivals(8)
+    assert found == [rows[0], rows[1], windows[0], library[0], library[2]]
 
 
 def test_the_default_predicts_where_nothing_can_be_tried(monkeypatch, tmp_path: Path) -> None:
