@@ -68,7 +68,7 @@ class Chooser:
         order = self._order if self._windows else None
         gathered = reorder.gathered(self.a, order) if self._windows and self.a.nnz else {}
         blocks = cusparse.blocks_across(self.a) if any("ell" in dict(w.knobs) for w in self.ways) else 0
-        return model.Stats.of(self.a, gathered, blocks)
+        return model.Stats.of(self.a, gathered, reorder.shared(self.a) if self._on_gpu else 0.0, blocks)
 
     @cached_property
     def _windows(self) -> bool:
