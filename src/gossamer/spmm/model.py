@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from . import Way
 from .costs import COSTS, Costs
@@ -105,7 +106,7 @@ def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[
     return 1, *moved, windows * tiles / 1e4, chain
 
 
-def _rows(stats: Stats, n: int, size: int, **knobs: int) -> tuple[float, ...]:
+def _rows(stats: Stats, n: int, size: int, **knobs: Any) -> tuple[float, ...]:
     """Launch, MB of B far and near, of A, of C, rounds of the longest chain, a launch for cut rows, 10^6 lanes."""
     shape = shape_of(n, size, knobs["team"], knobs["double"])
     tiles, step = -(-n * size // shape.bytes), knobs["unroll"] // shape.loads

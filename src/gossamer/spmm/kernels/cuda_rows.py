@@ -56,7 +56,7 @@ class CudaRows(SpmmKernel):
     @classmethod
     def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
         mean = mean_of(a)
-        return [Way(cls.name, named(*knobs)) for *knobs, least in KNOBS if mean >= least]
+        return [Way(cls.name, named(unroll, team, double)) for unroll, team, double, least in KNOBS if mean >= least]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
