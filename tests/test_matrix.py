@@ -330,6 +330,14 @@ def test_gathered_counts_what_windows_fetch() -> None:
             assert vectors == sum(used) and groups == sum(-(-u // 16) for u in used)
 
 
+def test_shared_is_what_windows_of_8_save() -> None:
+    a = random(100, 70)
+    fetched = sum((w != 0).any(0).sum().item() for w in a.split(8))
+    assert reorder.shared(Csr.of(a)) == pytest.approx(1 - fetched / a.count_nonzero().item())
+    assert reorder.shared(Csr.of(torch.ones(16, 5))) == 1 - 1 / 8 and reorder.shared(Csr.of(torch.eye(20))) == 0
+    assert reorder.shared(Csr.of(torch.zeros(0, 5))) == 0
+
+
 def test_reverse_cuthill_mckee_needs_a_square() -> None:
     with pytest.raises(ValueError, match="fix: use by_signature"):
         reorder.by_bandwidth(Csr.of(random()))

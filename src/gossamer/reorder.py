@@ -83,7 +83,7 @@ def gathered(a: Csr, order: Tensor | None = None) -> dict[int, tuple[int, int]]:
 def shared(a: Csr) -> float:
     """Of the entries the share that lie in a column where another row of their window of 8 has one, too."""
     keys = a.rows // WINDOWS[0] * max(1, a.shape[1]) + a.cols
-    return 1 - len(torch.unique(keys)) / max(1, a.nnz)
+    return (a.nnz - len(torch.unique(keys))) / max(1, a.nnz)
 
 
 def worthwhile(a: Csr) -> Tensor | None:
