@@ -279,7 +279,7 @@ def functions() -> list[nvrtc.Function]:
             for n in WIDTHS
             for unroll, team, double, _ in cuda_rows.KNOBS
         ]
-        found.append(cuda_rows.function(kind, 1, 1, 1, "spmm_rows_sum"))
+        found.append(cuda_rows.function(kind, cuda_rows.WARP, 1, 1, "spmm_rows_sum"))
     return found
 
 

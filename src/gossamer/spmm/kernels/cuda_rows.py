@@ -38,7 +38,7 @@ VARIANTS = (
     function(2, 8, 1, 8),
     function(2, 16, 2, 4),
     function(2, 32, 4, 2),
-    function(0, 1, 1, 1, "spmm_rows_sum"),
+    function(0, WARP, 1, 1, "spmm_rows_sum"),
     function(2, 8, 1, 1, "sddmm"),
 )
 
@@ -90,7 +90,7 @@ class CudaRows(SpmmKernel):
             kernel.launch(grid, (THREADS, 1, 1), segments, cols, values, b, c, partial, *counts, width, b.stride(0))
         if meta["slots"] and width:
             grid = len(longs), -(-width // THREADS), 1
-            function(kind, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
+            function(kind, WARP, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
         return columns_of(c, n)
 
     @classmethod
