@@ -8,9 +8,9 @@ Timed hot (one set of operands, so that what fits the L2 cache stays there), as 
 prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. Every choice is made afresh, by timings of its
 own: "default" is the way that `SparseMatrix` chose, in `choosing_ms`; "predicted" that of `measure=False`, "measured"
 that of `measure=True`; "measured_free" the same with `deterministic=False`. What they took is looked up in
-"candidates", which are all ways, timed side by side with "baselines"; of them "left_out" are those that need
-`deterministic=False`, and two runs of those in "unstable" did not agree. "ours" is the default's. `packing_ms` is what
-predicting, reordering and packing took.
+"candidates", which are all ways but hopeless ones of ours, timed side by side with "baselines"; of them "left_out" are
+those that need `deterministic=False`, and two runs of those in "unstable" did not agree. "ours" is the default's.
+`packing_ms` is what predicting, reordering and packing took.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -34,8 +35,8 @@ import bsr
 import spmm_matrices
 from gossamer import cusparse, nvrtc, timing
 from gossamer.matrix import SparseMatrix
-from gossamer.spmm import Csr, memory
-from gossamer.spmm.choice import Chooser
+from gossamer.spmm import Csr, Way, memory, model
+from gossamer.spmm.choice import MEASURED, Chooser
 from gossamer.spmm.kernels import cuda_rows, cuda_windows
 from gossamer.spmm.kernels import cusparse as cusparse_kernel
 from results import append, environment
@@ -44,6 +45,7 @@ from spmm_lines import ERRORS, PRECISIONS, RESULTS, WIDTHS, summarise
 BLOCKED = ("band64_16k", "band512_16k", "blockdiag64_shuffled")  # that all of cuSPARSE's block formats are tried on
 SMALL = 200_000  # entries; on larger matrices cuSPARSE's CSR_ALG1 was never the best, and very slow
 SECONDS = 0.003  # of timing per candidate, at least
+HOPELESS = 4.0  # times the shortest predicted time; ways of ours beyond that are not timed
 LARGE = {
     "rmat20_10M": lambda: spmm_matrices.rmat(20, 11),
     "blocks_10M": lambda: spmm_matrices.block_diagonal(163840, 64, 1.0),
@@ -125,7 +127,7 @@ def cell(
     """choosers: a predicting one, the default, and one that may choose what does not repeat itself to the bit."""
     chooser, default, loose = choosers
     b = dense_operand(a, n, a.dtype)
-    runners, ways = {}, [w for w in dict.fromkeys([*chooser.ways, *loose.ways]) if w.kernel != "vendor"]
+    runners, ways = {}, promising(chooser, loose, n)
     for way in ways:
         try:
             packed = chooser.packed(n, way)
@@ -184,9 +186,18 @@ def cell(
         "candidates": candidates,
         "baselines": baseline,
         "unstable": unstable,
-        "stats": [list(stats.shape), stats.nnz, stats.longest, stats.filled, stats.gathered, stats.blocks],
+        "stats": list(astuple(stats))[:7],
         "reordered": chooser.reordered,
     }
+
+
+def promising(chooser: Chooser, loose: Chooser, n: int) -> list[Way]:
+    """All ways but what torch takes, and those of ours of which nothing is to be hoped."""
+    predicted = chooser.predicted(n)
+    limit = HOPELESS * min(predicted.values())
+    slow = {w for i, (w, us) in enumerate(predicted.items()) if i >= MEASURED and us > limit}
+    ways = dict.fromkeys([*chooser.ways, *loose.ways])
+    return [w for w in ways if w.kernel != "vendor" and (w.kernel in model.LIBRARY or w not in slow)]
 
 
 def choosing_ms(default: Chooser, n: int) -> float:
@@ -264,12 +275,11 @@ def functions() -> list[nvrtc.Function]:
         found += [cuda_windows.sum_function(kind, rows) for rows in cuda_windows.ROWS]
         size = 4 if kind == 2 else 2
         found += [
-            cuda_rows.function(kind, *(shape := cuda_rows.shape_of(n, size, mean, team)), unroll // shape[2])
+            cuda_rows.function(kind, *(shape := cuda_rows.shape_of(n, size, team, double)), unroll // shape.loads)
             for n in WIDTHS
-            for mean in (1, 4, 8, 16, 32, 64)
-            for unroll, team in cuda_rows.KNOBS
+            for unroll, team, double, _ in cuda_rows.KNOBS
         ]
-        found.append(cuda_rows.function(kind, 1, 1, 1, 1, "spmm_rows_sum"))
+        found.append(cuda_rows.function(kind, cuda_rows.WARP, 1, 1, "spmm_rows_sum"))
     return found
 
 

@@ -34,8 +34,6 @@ def samples(lines: list[dict]) -> Samples:
     for line in lines:
         stats, n, size = spmm_lines.stats_of(line), line["case"]["N"], spmm_lines.size_of(line)
         for text, took in line["candidates"].items():
-            if spmm_lines.is_gone(text):
-                continue
             key, amounts = model.described(spmm_lines.way_of(text), stats, n, size)
             found.setdefault(key, []).append((line["case"]["kind"], amounts, took))
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ WIDTHS = (8, 32, 128, 512)
 PRECISIONS = {"fp16": (torch.float16, False), "tf32": (torch.float32, True), "fp32": (torch.float32, False)}
 ERRORS = {"fp16": 2e-3, "tf32": 1e-3, "fp32": 1e-5}
 MUST = {"fp16": {8: 1.9, 32: 1.8, 128: 2.0, 512: 2.1}, "tf32": dict.fromkeys(WIDTHS, 1.2)}
-HOST_TIMED = "6ad8e45b55"  # there the default's short race timed the host, too: such lines speak for the rest only
+STATS = 7  # that a line tells of its matrix
 CHOICES = ("default", "predicted", "measured", "measured_free")
 SPECIAL = (
     ("band512_vs_bsr", "band512_16k", 3.0, ("bsr",)),
@@ -29,14 +28,14 @@ SPECIAL = (
 
 
 def newest() -> list[dict]:
-    """The last line of each case, of those that know what was measured."""
+    """The last line of each case, of those that have all statistics: older ones are of other kernels."""
     lines = [json.loads(x) for x in RESULTS.read_text().splitlines()]
-    return list({json.dumps(x["case"]): x for x in lines if "default" in x}.values())
+    return list({json.dumps(x["case"]): x for x in lines if len(x.get("stats", ())) == STATS}.values())
 
 
 def stats_of(line: dict) -> model.Stats:
-    shape, nnz, longest, filled, gathered, blocks = line["stats"]
-    return model.Stats(tuple(shape), nnz, longest, filled, {int(h): tuple(g) for h, g in gathered.items()}, blocks)
+    shape, nnz, longest, filled, gathered, *rest = line["stats"]
+    return model.Stats(tuple(shape), nnz, longest, filled, {int(h): tuple(g) for h, g in gathered.items()}, *rest)
 
 
 def size_of(line: dict) -> int:
@@ -51,12 +50,7 @@ def rechosen(line: dict, costs: Costs | None = None, caution: float = model.CAUT
 
 def allowed(line: dict) -> dict[str, float]:
     """Microseconds of the candidates that repeat themselves to the bit."""
-    return {k: v for k, v in line["candidates"].items() if k not in line["left_out"] and not is_gone(k)}
-
-
-def is_gone(way: str) -> bool:
-    """Was it tried once, and given up? Cutting long rows for cuSPARSE's CSR_ALG3 did not make it repeat itself."""
-    return "cut=" in way
+    return {k: v for k, v in line["candidates"].items() if k not in line["left_out"]}
 
 
 def way_of(text: str) -> Way:
@@ -64,8 +58,9 @@ def way_of(text: str) -> Way:
     kernel, _, knobs = text.removesuffix("]").partition("[")
     pairs = [x.partition("=") for x in knobs.split(",") if x]
     found = {k: int(v) if v else True for k, _, v in pairs}
-    if kernel == "cuda_windows":
-        found.setdefault("masked", False)
+    for name, knob in (("cuda_windows", "masked"), ("cuda_rows", "double")):
+        if kernel == name:
+            found.setdefault(knob, False)
     return Way(kernel, tuple(found.items()))
 
 
@@ -87,7 +82,7 @@ def summarise() -> None:
         for x in lines
     }
     for precision, n, choice in itertools.product(PRECISIONS, WIDTHS, CHOICES):
-        own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n and tells(x, choice)]
+        own = [x for x in lines if x["case"]["precision"] == precision and x["case"]["N"] == n]
         if not own:
             continue
         sums = {"geomean_vs_cusparse": geomean([x["baseline_value"] / took[id(x)][choice] for x in own])}
@@ -115,14 +110,8 @@ def summarise() -> None:
     print("choice within 15 %:", sum(within) / len(within), "of", len(within))
 
 
-def tells(line: dict, choice: str) -> bool:
-    """Does a line speak for this choice?"""
-    return choice != "default" or line["commit"] != HOST_TIMED
-
-
 def preparation(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
     """What the default's choosing costs, and after how many products it and packing are repaid, against cuSPARSE."""
-    lines = [x for x in lines if tells(x, "default")]
     choosing = sorted(x["choosing_ms"] for x in lines)
     for name, value in (("median", choosing[len(choosing) // 2]), ("worst", choosing[-1])):
         write("choosing_ms", {"of": name}, value, None, len(choosing), "<=", "ms")
@@ -143,7 +132,7 @@ def special(lines: list[dict], took: dict[int, dict[str, float]]) -> None:
         if case["matrix"] != matrix or case["precision"] != "fp16":
             continue
         other = min(v for k, v in line["baselines"].items() if any(label in k for label in labels))
-        for choice in filter(partial(tells, line), CHOICES[:3]):
+        for choice in CHOICES[:3]:
             value = other / took[id(line)][choice]
             write(name, {"N": case["N"], "choice": choice}, value, must if case["N"] == 512 else None, 1)
             print(name, case["N"], choice, round(value, 2))

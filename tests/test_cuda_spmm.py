@@ -22,13 +22,14 @@ from gossamer.cusparse import CusparseError
 from gossamer.spmm import Csr, registry, sampled
 from gossamer.spmm._windows import DEPTH, TILE, Layout, lay_out, schedule
 from gossamer.spmm.kernels import cusparse
-from gossamer.spmm.kernels.cuda_rows import DEEP, KNOBS, cut_rows
+from gossamer.spmm.kernels.cuda_rows import KNOBS, LANES, THREADS, Cut, by_lanes, cut_rows, launched, named
 from gossamer.spmm.kernels.cuda_windows import rounded_to_tf32
 
 HERE = Path(__file__).parent
 WAYS = [("cuda_windows", {"rows": r, "masked": m}) for r in (8, 16, 32) for m in (True, False)] + [
     ("cuda_rows", {"unroll": 4, "team": 32}),
     ("cuda_rows", {"unroll": 8, "team": 4}),
+    ("cuda_rows", {"unroll": 8, "team": 32, "double": True}),
     ("cuda_rows", {"unroll": 16, "team": 8}),
 ]
 LIBRARY = [("cusparse", {"alg": 2}), ("cusparse", {"alg": 3})]
@@ -141,6 +142,28 @@ def test_cut_rows_cover_every_entry(a: Tensor, limit: int) -> None:
     assert sorted([*whole, *longs[:, 0].tolist()]) == list(range(len(a)))
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    a=matrices(cols=400),
+    n=st.sampled_from([8, 32, 128, 512]),
+    knobs=st.sampled_from(KNOBS),
+    nnz=st.sampled_from([1, 10**7]),
+)
+def test_segments_lie_by_their_lanes(a: Tensor, n: int, knobs: tuple[int, int, bool, int], nnz: int) -> None:
+    cut = Cut.of(n, 4, nnz, dict(named(*knobs[:3])), None)
+    found = Csr.of(a)
+    before, _, _ = cut_rows(found.pointers, cut.limit)
+    after, counts = by_lanes(before, cut)
+    lanes = [cut.lanes(end - begin) for _, begin, end, _ in after.tolist()]
+    assert lanes == sorted(lanes, reverse=True) and counts == [lanes.count(x) for x in LANES]
+    assert sorted(after.tolist()) == sorted(before.tolist()) and all(x >= cut.team for x in lanes)
+    for team in LANES[1:]:
+        merged, blocks = launched(tuple(counts), team)
+        wanted = [max(team, x) for x in lanes]
+        assert list(merged) == [wanted.count(x) for x in LANES]
+        assert blocks == sum(-(-wanted.count(x) * x // THREADS) for x in LANES)
+
+
 def test_rounding_to_tf32() -> None:
     x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-10, -3.3, 0.0, torch.inf, -torch.inf, torch.nan, 3.4028e38])
     found = rounded_to_tf32(x)
@@ -198,20 +221,31 @@ def test_windows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, kno
         (torch.float32, 36, {"unroll": 16, "team": 8}),
         (torch.float32, 40, {"unroll": 8, "team": 4}),
         (torch.float32, 264, {}),
+        (torch.float32, 136, {"unroll": 8, "double": True}),
+        (torch.float32, 300, {"unroll": 8, "double": True}),
+        (torch.float16, 32, {"unroll": 8, "double": True}),
     ],
 )
 def test_rows_source_on_the_cpu(on_cpu: None, dtype: torch.dtype, n: int, knobs: dict) -> None:
-    k = 2500 if n == 8 else 400
+    k = 2500 if n <= 8 else 400
     a = hubs(30, k, 0.01).to(dtype)
     packed = registry["cuda_rows"].pack(Csr.of(a), n, **knobs)
-    assert packed.meta["slots"] or packed.meta["wide"]
+    assert packed.meta["slots"] or packed.meta["counts"][0]
     checked("cuda_rows", a, torch.randn(k, n).to(dtype), **knobs)
 
 
-def test_deep_knobs_are_for_long_float32_rows() -> None:
-    for a, deep in ((torch.ones(3, 128), True), (torch.ones(3, 127), False), (torch.ones(3, 128).half(), False)):
-        ways = registry["cuda_rows"].ways(Csr.of(a), False)
-        assert [tuple(v for _, v in w.knobs) for w in ways] == [*KNOBS, *[DEEP] * deep]
+def test_rows_packed_for_another_width(on_cpu: None) -> None:
+    a, b = Csr.of(hubs(30, 400, 0.01)), torch.randn(400, 68)
+    packed = registry["cuda_rows"].pack(a, 4)
+    assert sum(packed.meta["counts"][3:]), "nothing for narrow teams"
+    found = registry["cuda_rows"].run(b, packed.tensors, packed.meta)
+    torch.testing.assert_close(found, a.torch().to_dense() @ b, rtol=1e-4, atol=1e-4)
+
+
+def test_narrow_teams_are_for_long_rows() -> None:
+    for mean, ways in ((23, 3), (24, 4), (63, 4), (64, 5)):
+        found = registry["cuda_rows"].ways(Csr.of(torch.ones(3, mean)), False)
+        assert [w.knobs for w in found] == [named(*knobs) for *knobs, _ in KNOBS[:ways]]
 
 
 @pytest.mark.parametrize(("name", "knobs"), WAYS[:1] + WAYS[-1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import io
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.io
 import scipy.sparse
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from gossamer import reorder
 from gossamer.formats import FormatError
 from gossamer.matrix import SparseMatrix, spmm
-from gossamer.spmm import Csr, KernelError, memory, model, registry
+from gossamer.spmm import Csr, KernelError, Way, memory, model, registry
 from gossamer.spmm.choice import Chooser
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -195,9 +197,22 @@ def test_save_and_load(tmp_path: Path) -> None:
     found = SparseMatrix(tmp_path / "a.safetensors")
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.torch().to_dense().nan_to_num(7), a.bfloat16().nan_to_num(7))
-    (tmp_path / "b.safetensors").write_bytes(b"")
-    with pytest.raises(Exception):  # noqa: B017 - safetensors' own
+
+
+def test_files_that_hold_no_matrix(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"a.safetensors is no safetensors file: .*; fix: write it with"):
+        SparseMatrix(tmp_path / "a.safetensors")
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors")
+    with pytest.raises(FormatError, match=r"holds no SparseMatrix; fix: write it with"):
         SparseMatrix(tmp_path / "b.safetensors")
+    for missing in (tmp_path / "c.safetensors", str(tmp_path / "c.mtx"), tmp_path):
+        with pytest.raises(FileNotFoundError, match="is no file; fix: give the path"):
+            SparseMatrix(missing)
+    for suffix, packed in ((".gz", gzip.compress(b"%" * 99)[:-9]), (".xz", b"no"), (".bz2", b"no")):
+        (tmp_path / f"d.mtx{suffix}").write_bytes(packed)
+        with pytest.raises(FormatError, match="it does not unpack: .*; fix: write it again"):
+            SparseMatrix(tmp_path / f"d.mtx{suffix}")
 
 
 def test_copies_stand_on_their_own() -> None:
@@ -313,6 +328,14 @@ def test_gathered_counts_what_windows_fetch() -> None:
         for height, (vectors, groups) in found.items():
             used = [(w != 0).any(0).sum().item() for w in matrix.split(height)]
             assert vectors == sum(used) and groups == sum(-(-u // 16) for u in used)
+
+
+def test_shared_is_what_windows_of_8_save() -> None:
+    a = random(100, 70)
+    fetched = sum((w != 0).any(0).sum().item() for w in a.split(8))
+    assert reorder.shared(Csr.of(a)) == pytest.approx(1 - fetched / a.count_nonzero().item())
+    assert reorder.shared(Csr.of(torch.ones(16, 5))) == 1 - 1 / 8 and reorder.shared(Csr.of(torch.eye(20))) == 0
+    assert reorder.shared(Csr.of(torch.zeros(0, 5))) == 0
 
 
 def test_reverse_cuthill_mckee_needs_a_square() -> None:
@@ -464,6 +487,19 @@ def test_the_default_races_with_nobody_who_is_far_behind(monkeypatch, tmp_path: 
     races = rivals_on_the_cpu(monkeypatch, "dense")
     monkeypatch.setattr("gossamer.spmm.model.microseconds", lambda way, *_: 7.0 if way.kernel == "dense" else 2.0)
     assert str(SparseMatrix(random()).way(8)) == "vendor" and not races
+
+
+def test_a_race_is_between_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of each of our kernels, one of each of the library's, as far as they come near the pick."""
+    rows, windows = (
+        [Way(k, ((knob, i),)) for i in range(3)] for k, knob in (("cuda_rows", "unroll"), ("cuda_windows", "rows"))
+    )
+    library = [Way("cusparse", ((knob, i),)) for knob, i in (("alg", 3), ("alg", 2), ("ell", 32))]
+    times = [1.0, 1.1, 1.2, 1.2, 1.3, 1.4, 2.8, 2.9, 2.9, 3.1]
+    predicted = dict(zip([*rows, *windows, *library, Way("dense")], times, strict=True))
+    monkeypatch.setattr(Chooser, "predicted", lambda self, n: predicted)
+    found = Chooser(Csr.of(random()), False, False, False)._rivals(8)
+    assert found == [rows[0], rows[1], windows[0], library[0], library[2]]
 
 
 def test_the_default_predicts_where_nothing_can_be_tried(monkeypatch, tmp_path: Path) -> None:

@@ -236,6 +236,8 @@ def _read(a: Any) -> Csr:
         return a._csr
     if not isinstance(a, (str, Path)):
         return Csr.of(a)
+    if not Path(a).is_file():
+        raise FileNotFoundError(f"{a} is no file; fix: give the path of a Matrix Market file, or of what `save` wrote")
     if Path(a).suffix == SUFFIX:
         return _load(Path(a))
     from .spmm import market  # NumPy, which importing Gossamer does not need
@@ -244,13 +246,17 @@ def _read(a: Any) -> Csr:
 
 
 def _load(path: Path) -> Csr:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        spec = (file.metadata() or {}).get("gossamer")
-        if spec is None:
-            raise FormatError(f"{path} holds no SparseMatrix; fix: write it with SparseMatrix.save")
-        found = formats.from_spec(json.loads(spec), {n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            spec = (file.metadata() or {}).get("gossamer")
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise FormatError(f"{path} is no safetensors file: {error}; fix: write it with SparseMatrix.save") from error
+    if spec is None:
+        raise FormatError(f"{path} holds no SparseMatrix; fix: write it with SparseMatrix.save")
+    found = formats.from_spec(json.loads(spec), tensors)
     found.validate()
     if not isinstance(found, CsrFormat):
         raise FormatError(f"{path} holds the format {found.name}, not csr; fix: write it with SparseMatrix.save")

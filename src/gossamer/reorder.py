@@ -80,6 +80,12 @@ def gathered(a: Csr, order: Tensor | None = None) -> dict[int, tuple[int, int]]:
     return found
 
 
+def shared(a: Csr) -> float:
+    """Of the entries the share that lie in a column where another row of their window of 8 has one, too."""
+    keys = a.rows // WINDOWS[0] * max(1, a.shape[1]) + a.cols
+    return (a.nnz - len(torch.unique(keys))) / max(1, a.nnz)
+
+
 def worthwhile(a: Csr) -> Tensor | None:
     """The order by signature if it saves enough, else None: as the rows are."""
     if a.shape[0] <= WINDOWS[0] or not a.nnz:

@@ -1,13 +1,46 @@
-// C = A B for a sparse A in CSR, cut into segments of rows, in plain float32. A team of TEAM lanes holds 16 bytes of a row
-// of B each, LOADS times; PAR teams take turns with a segment's entries, with a long segment's all teams of a block.
-// Macros: TYPE (2: float32, exact products); TEAM, PAR, LOADS; UNROLL entries of a team in flight.
+// C = A B for a sparse A in CSR, cut into segments of rows, in plain float32. A team of TEAM lanes holds a row of B,
+// 16 bytes of it LOADS times per lane. A segment has one team or several, which take turns with its entries.
+// Macros: TYPE (2: float32, exact products); TEAM, LOADS; UNROLL entries of a team in flight.
 #include "spmm_mma.cuh"
 
 constexpr int VEC = 16 / SIZE, TILE_COLS = TEAM * VEC * LOADS, THREADS = 128, WARPS = THREADS / 32;
 
-struct Segment {
+struct alignas(16) Segment {
   i32 row, begin, end, slot;  // entries; slot < 0: the whole row
 };
+
+// How many segments get a block, and how many 32, 16, 8, 4, 2 and 1 lanes; they lie in this order.
+struct Counts {
+  i32 of[7];
+};
+
+// What a lane needs of A and B: `b` at its own columns, `stride` bytes between B's rows, where each of its vectors lies.
+struct Operands {
+  const i32* cols;
+  const Number* values;
+  const u8* b;
+  i32 stride, vector[LOADS];
+};
+
+struct Entries {
+  i32 col[UNROLL];
+  float value[UNROLL];
+};
+
+// Of a round in which STEP teams take turns, the entries from `at` on; the segment ends before them all unless WHOLE.
+template <int STEP, bool WHOLE>
+__device__ inline Entries load_entries(const Operands& from, i32 at, i32 end) {
+  const i32* cols = from.cols + at;
+  const Number* values = from.values + at;
+  Entries found;
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const bool there = WHOLE || at + u * STEP < end;
+    found.col[u] = there ? cols[u * STEP] : -1;
+    found.value[u] = there ? to_float(values[u * STEP]) : 0;
+  }
+  return found;
+}
 
 __device__ inline void add_row(float (&sums)[LOADS * VEC], float value, const u32 (&row)[LOADS * 4]) {
 #pragma unroll
@@ -17,30 +50,30 @@ __device__ inline void add_row(float (&sums)[LOADS * VEC], float value, const u3
   }
 }
 
-__device__ inline void load_row(u32 (&to)[LOADS * 4], const u8* b, i32 row, i32 stride, i32 first, i32 n) {
-#pragma unroll
-  for (int l = 0; l < LOADS; ++l) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[l * 4 + i] = 0;
-    if (row >= 0 && first + l * TEAM * VEC < n)
-      load_words<16, 4>(to + l * 4, b + ((i64)row * stride + first + l * TEAM * VEC) * SIZE);
-  }
+// The team meets so that all of a round is asked for before any of it is waited for; without that, the compiler saves
+// registers and asks bit by bit, which costs more than it gains where a lane loads more than one vector.
+__device__ inline void meet_team() {
+  if constexpr (LOADS > 1) __syncwarp(TEAM == 32 ? FULL : ((1u << TEAM % 32) - 1) << threadIdx.x % 32 / TEAM * TEAM);
 }
 
-struct Entries {
-  i32 col[UNROLL];
-  float value[UNROLL];
-};
-
-__device__ inline Entries load_entries(const i32* cols, const Number* values, i32 at, i32 end, i32 step) {
-  Entries found;
+template <bool WHOLE>
+__device__ inline void add_entries(float (&sums)[LOADS * VEC], const Operands& from, const Entries& here) {
+  u32 row[UNROLL][LOADS * 4];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    const i32 entry = at + u * step;
-    found.col[u] = entry < end ? cols[entry] : -1;
-    found.value[u] = entry < end ? to_float(values[entry]) : 0;
+#pragma unroll
+    for (int l = 0; l < LOADS; ++l) {
+      if (WHOLE || here.col[u] >= 0) {
+        load_words<16, 4>(row[u] + l * 4, from.b + (i64)here.col[u] * from.stride + from.vector[l]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) row[u][l * 4 + i] = 0;
+      }
+    }
   }
-  return found;
+  meet_team();
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) add_row(sums, here.value[u], row[u]);
 }
 
 // The warps of a block add up in their order; the first one gets it.
@@ -58,51 +91,63 @@ __device__ inline void sum_block(float (&sums)[LOADS * VEC]) {
     for (int w = 1; w < WARPS; ++w) sums[i] += shared[w][i][lane];
 }
 
-// A segment by WIDTH lanes, `lane` being this one: entries in turn, a round's after the last one's, or, where nothing
-// else hides the wait for them, loaded a round ahead.
-template <int WIDTH, bool AHEAD>
-__device__ inline void sum_segment(
-    float (&sums)[LOADS * VEC], const Segment& own, int lane, const i32* cols, const Number* values, const u8* b,
-    i32 first, i32 n, i32 stride) {
-  constexpr int STEP = WIDTH / TEAM;
+// A segment by WIDTH lanes; the sum is the first team's. A block, of which there are few, loads entries a round ahead:
+// nothing else hides the wait for them.
+template <int WIDTH>
+__device__ inline void sum_segment(float (&sums)[LOADS * VEC], const Operands& from, i32 begin, i32 end) {
+  constexpr int STEP = WIDTH / TEAM, ROUND = UNROLL * STEP;
 #pragma unroll
   for (int i = 0; i < LOADS * VEC; ++i) sums[i] = 0;
-  i32 at = own.begin + lane / TEAM;
-  Entries next;
-  if constexpr (AHEAD) next = load_entries(cols, values, at, own.end, STEP);
-  for (; at < own.end; at += UNROLL * STEP) {
-    const Entries here = AHEAD ? next : load_entries(cols, values, at, own.end, STEP);
-    u32 row[UNROLL][LOADS * 4];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) load_row(row[u], b, here.col[u], stride, first, n);
-    if constexpr (AHEAD) next = load_entries(cols, values, at + UNROLL * STEP, own.end, STEP);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) add_row(sums, here.value[u], row[u]);
+  i32 at = begin + threadIdx.x % WIDTH / TEAM;
+  if constexpr (WIDTH == THREADS) {
+    Entries next = load_entries<STEP, false>(from, at, end);
+    for (; at < end; at += ROUND) {
+      const Entries here = next;
+      next = load_entries<STEP, false>(from, at + ROUND, end);
+      add_entries<false>(sums, from, here);
+    }
+  } else {
+    for (; at + ROUND - STEP < end; at += ROUND) add_entries<true>(sums, from, load_entries<STEP, true>(from, at, end));
+    if (at < end) add_entries<false>(sums, from, load_entries<STEP, false>(from, at, end));
   }
 #pragma unroll
   for (int d = (WIDTH < 32 ? WIDTH : 32) / 2; d >= TEAM; d /= 2)
 #pragma unroll
     for (int i = 0; i < LOADS * VEC; ++i) sums[i] += __shfl_xor_sync(FULL, sums[i], d);
+  if constexpr (WIDTH == THREADS) sum_block(sums);
 }
 
-// The first `wide` segments are the long ones, each for a block.
-extern "C" __global__ void __launch_bounds__(THREADS) spmm_rows(
-    const void* segments, const i32* cols, const void* values, const u8* b, u8* c, float* partial, i32 count, i32 wide,
-    i32 n, i32 stride) {
-  constexpr int WIDTH = TEAM * PAR;
-  const bool whole = (i32)blockIdx.x < wide;
-  const i32 index = whole ? blockIdx.x : wide + (blockIdx.x - wide) * (THREADS / WIDTH) + threadIdx.x / WIDTH;
-  const i32 lane = whole ? threadIdx.x : threadIdx.x % WIDTH, first = blockIdx.y * TILE_COLS + lane % TEAM * VEC;
-  Segment own = {0, 0, 0, -1};
-  if (index < count) own = ((const Segment*)segments)[index];
-  float sums[LOADS * VEC];
-  if (whole) {
-    sum_segment<THREADS, true>(sums, own, lane, cols, (const Number*)values, b, first, n, stride);
-    sum_block(sums);
-  } else {
-    sum_segment<WIDTH, false>(sums, own, lane, cols, (const Number*)values, b, first, n, stride);
+// Finds and sums up this block's segments: those of WIDTH lanes are counts.of[AT], before `begin` lie those of more.
+// True for the lanes that have a segment's sum.
+template <int WIDTH, int AT>
+__device__ inline bool sum_own(
+    float (&sums)[LOADS * VEC], Segment& own, const Segment* segments, const Operands& from, const Counts& counts,
+    i32 block, i32 begin) {
+  constexpr int EACH = THREADS / WIDTH;
+  if constexpr (WIDTH > TEAM) {
+    const i32 blocks = (counts.of[AT] + EACH - 1) / EACH;
+    if (block >= blocks)
+      return sum_own<(WIDTH < THREADS ? WIDTH / 2 : 32), AT + 1>(
+          sums, own, segments, from, counts, block - blocks, begin + counts.of[AT]);
   }
-  if (index >= count || lane >= TEAM) return;
+  const i32 index = block * EACH + threadIdx.x / WIDTH;
+  if (index < counts.of[AT]) own = segments[begin + index];
+  sum_segment<WIDTH>(sums, from, own.begin, own.end);
+  return index < counts.of[AT] && threadIdx.x % WIDTH < TEAM;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) spmm_rows(
+    const void* segments, const i32* cols, const void* values, const u8* b, u8* c, float* partial, i32 by_block,
+    i32 by32, i32 by16, i32 by8, i32 by4, i32 by2, i32 by1, i32 n, i32 stride) {
+  const Counts counts = {by_block, by32, by16, by8, by4, by2, by1};
+  const i32 first = blockIdx.y * TILE_COLS + threadIdx.x % TEAM * VEC;
+  // What would lie beyond B's last column is read where something lies, for nothing: cheaper than to ask each time.
+  Operands from = {cols, (const Number*)values, b + (first < n ? (i64)first * SIZE : 0), stride * SIZE, {}};
+#pragma unroll
+  for (int l = 1; l < LOADS; ++l) from.vector[l] = first + l * TEAM * VEC < n ? l * TEAM * 16 : 0;
+  Segment own = {0, 0, 0, -1};
+  float sums[LOADS * VEC];
+  if (!sum_own<THREADS, 0>(sums, own, (const Segment*)segments, from, counts, blockIdx.x, 0)) return;
 #pragma unroll
   for (int l = 0; l < LOADS; ++l) {
     const i32 column = first + l * TEAM * VEC;

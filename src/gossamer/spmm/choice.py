@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 
@@ -18,7 +19,7 @@ from .kernels import cusparse
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # widths of B that are chosen for; between goes with above
 MEASURED = 4  # ways that a measurement compares, at least
 REACH = 3.0  # and all that are predicted to take at most so many times as long as the best
-NEAR = 1.25  # the same for a second kernel of ours in a short race, where only the library must not be missed
+NEAR = 1.25  # the same for all but the first of ours in a short race, where only the library must not be missed
 SECONDS = 0.005  # of timing per way
 SHOWN = 4
 Race = Callable[[Mapping[str, duel.Call]], dict[str, float]]
@@ -67,7 +68,7 @@ class Chooser:
         order = self._order if self._windows else None
         gathered = reorder.gathered(self.a, order) if self._windows and self.a.nnz else {}
         blocks = cusparse.blocks_across(self.a) if any("ell" in dict(w.knobs) for w in self.ways) else 0
-        return model.Stats.of(self.a, gathered, blocks)
+        return model.Stats.of(self.a, gathered, reorder.shared(self.a) if self._on_gpu else 0.0, blocks)
 
     @cached_property
     def _windows(self) -> bool:
@@ -175,14 +176,16 @@ class Chooser:
         return [w for i, (w, us) in enumerate(predicted.items()) if i < MEASURED or us <= limit]
 
     def _rivals(self, n: int) -> list[Way]:
-        """The pick, and the best predicted of every other kernel and of Blocked-ELL, where they should come near."""
+        """The pick; two of each of our kernels and one of each of the library's, as predicted, where they come near."""
         predicted = self.predicted(n)
-        least, found = min(predicted.values()), {}
+        least, found, rivals = min(predicted.values()), Counter[tuple[str, bool]](), list[Way]()
         for way, us in predicted.items():
-            ours = way.kernel not in model.LIBRARY and any(w.kernel not in model.LIBRARY for w in found.values())
-            if not found or us <= (NEAR if ours else REACH) * least:
-                found.setdefault((way.kernel, "ell" in dict(way.knobs)), way)
-        return list(found.values())
+            library, kind = way.kernel in model.LIBRARY, (way.kernel, "ell" in dict(way.knobs))
+            reach = REACH if library or all(w.kernel in model.LIBRARY for w in rivals) else NEAR
+            if not rivals or (us <= reach * least and found[kind] < (1 if library else 2)):
+                found[kind] += 1
+                rivals.append(way)
+        return rivals
 
     def _timed(self, n: int, ways: Sequence[Way], race: Race) -> dict[Way, float]:
         """Microseconds, infinite where the library refuses or memory does not suffice."""

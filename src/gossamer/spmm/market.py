@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -24,9 +25,7 @@ def read(path: str | Path) -> Csr:
 
     float32 values; for float64 ones pass what scipy.io.mmread gives. FormatError names the entry that is wrong.
     """
-    opener = OPENERS.get(Path(path).suffix, open)
-    with opener(path, "rb") as file:
-        lines = file.read()
+    lines = _unpacked(path)
     field, symmetry, lines = _header(lines, path)
     shape, body = _size(lines, path)
     rows, cols, values = _entries(body, shape, field, path)
@@ -35,6 +34,15 @@ def read(path: str | Path) -> Csr:
     kept = torch.from_numpy(values.astype(np.float32))
     index = torch.from_numpy(np.stack([rows, cols]))
     return Csr.of(torch.sparse_coo_tensor(index, kept, shape[:2], check_invariants=False))
+
+
+def _unpacked(path: str | Path) -> bytes:
+    opener = OPENERS.get(Path(path).suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            return file.read()
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise _wrong(path, f"it does not unpack: {error}") from error
 
 
 def _wrong(path: str | Path, what: str) -> FormatError:

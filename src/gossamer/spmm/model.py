@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from . import Way
 from .costs import COSTS, Costs
 from .csr import Csr
-from .kernels.cuda_rows import THREADS, Cut, shape_of
+from .kernels.cuda_rows import Cut, shape_of
 from .kernels.cuda_windows import lane_columns
 
 SECTOR = 32  # bytes that the L2 cache hands out at least
-SHARED = 0.01  # density at which half of B's rows are found where another row left them
+CACHE = 40.0  # MB of A that stay in the L2 cache from one tile of C to the next
 MANY = 800  # tiles of C from which on no warp's chain is waited for
 VENDOR = 4.0  # torch's choice among cuSPARSE's algorithms, against the one that fits rows of every kind
 LIBRARY = ("cusparse", "dense", "vendor")
@@ -30,8 +31,9 @@ VENDOR_CPU = 10.0  # what an entry costs a sparse product on the CPU, against on
 class Stats:
     """What the prediction knows of a matrix.
 
-    `filled`: rows that have entries; `gathered`: per height of a window (rows of B, groups of 16 of them); `blocks`:
-    blocks that a row of blocks of Blocked-ELL has.
+    `filled`: rows that have entries; `gathered`: per height of a window (rows of B, groups of 16 of them); `shared`:
+    what rows beside each other have in common, see `reorder.shared`; `blocks`: blocks that a row of blocks of
+    Blocked-ELL has.
     """
 
     shape: tuple[int, int]
@@ -39,14 +41,15 @@ class Stats:
     longest: int
     filled: int
     gathered: dict[int, tuple[int, int]]
+    shared: float = 0.0
     blocks: int = 0
     gpu: bool = True
 
     @classmethod
-    def of(cls, a: Csr, gathered: dict[int, tuple[int, int]], blocks: int = 0) -> Stats:
+    def of(cls, a: Csr, gathered: dict[int, tuple[int, int]], shared: float = 0.0, blocks: int = 0) -> Stats:
         longest = int(a.lengths.max()) if a.shape[0] else 0
         filled = int((a.lengths > 0).sum())
-        return cls(a.shape, a.nnz, longest, filled, gathered, blocks, a.device.type == "cuda")
+        return cls(a.shape, a.nnz, longest, filled, gathered, shared, blocks, a.device.type == "cuda")
 
     @property
     def mean(self) -> float:
@@ -84,7 +87,7 @@ def described(way: Way, stats: Stats, n: int, size: int) -> tuple[Hashable, tupl
     if way.kernel == "cuda_windows":
         return (way.kernel, knobs["rows"], knobs["masked"], size), _windows(stats, n, size, **knobs)
     if way.kernel == "cuda_rows":
-        return (way.kernel, knobs["unroll"], knobs["team"], size), _rows(stats, n, size, **knobs)
+        return (way.kernel, *knobs.values(), size), _rows(stats, n, size, **knobs)
     if way.kernel == "dense":
         return (way.kernel, knobs.get("tf32", False), size), _dense(stats, n, size)
     if "ell" in knobs:
@@ -103,15 +106,17 @@ def _windows(stats: Stats, n: int, size: int, rows: int, masked: bool) -> tuple[
     return 1, *moved, windows * tiles / 1e4, chain
 
 
-def _rows(stats: Stats, n: int, size: int, unroll: int, team: int) -> tuple[float, ...]:
+def _rows(stats: Stats, n: int, size: int, **knobs: Any) -> tuple[float, ...]:
     """Launch, MB of B far and near, of A, of C, rounds of the longest chain, a launch for cut rows, 10^6 lanes."""
-    lanes, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, stats.mean, team)
-    tiles = -(-n * size // (16 * lanes * loads))
-    cut = Cut.of(n, size, stats.mean, stats.nnz, unroll, team, None)
-    alone = min(stats.longest, cut.whole) / (unroll // loads * par)
-    whole = min(stats.longest, cut.limit) / (unroll // loads * THREADS // lanes) if stats.longest > cut.whole else 0
-    moved = *_gathered(stats, n, size), stats.nnz * (size + 4) * tiles / 1e6, _result(stats, n, size)
-    return 1, *moved, max(alone, whole), float(stats.longest > cut.limit), stats.shape[0] * tiles * lanes * par / 1e6
+    shape = shape_of(n, size, knobs["team"], knobs["double"])
+    tiles, step = -(-n * size // shape.bytes), knobs["unroll"] // shape.loads
+    cut = Cut.of(n, size, stats.nnz, knobs, None)
+    longest = min(stats.longest, cut.limit)
+    chain = longest * shape.team / step / cut.lanes(longest)
+    a = stats.nnz * (size + 4) / 1e6
+    moved = *_gathered(stats, n, size), a + max(0.0, a - CACHE) * (tiles - 1)
+    lanes = (stats.filled * cut.lanes(round(stats.mean)) + (stats.shape[0] - stats.filled) * shape.team) * tiles / 1e6
+    return 1, *moved, _result(stats, n, size), chain, float(stats.longest > cut.limit), lanes
 
 
 def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
@@ -122,11 +127,9 @@ def _csr(stats: Stats, n: int, size: int) -> tuple[float, ...]:
 
 
 def _gathered(stats: Stats, n: int, size: int) -> tuple[float, float]:
-    """MB of B's rows fetched one by one, from the L2 cache and from L1, where dense rows find what others had."""
+    """MB of B's rows fetched one by one, from the L2 cache and from L1, where a row finds what those beside it had."""
     moved = stats.nnz * max(n * size, SECTOR) / 1e6
-    density = stats.nnz / max(1, stats.filled * stats.shape[1])
-    near = density / (density + SHARED)
-    return moved * (1 - near), moved * near
+    return moved * (1 - stats.shared), moved * stats.shared
 
 
 def _ell(stats: Stats, n: int, size: int, block: int) -> tuple[float, ...]:

@@ -34,6 +34,6 @@ def _cuda(a: Csr, x: Tensor, y: Tensor) -> Tensor:
     team = min(32, 1 << max(0, vectors - 1).bit_length())
     if a.nnz and n:
         grid = -(-a.nnz * team // THREADS), 1, 1
-        kernel = function(KIND[x.dtype], team, 1, 1, 1, "sddmm")
+        kernel = function(KIND[x.dtype], team, 1, 1, "sddmm")
         kernel.launch(grid, (THREADS, 1, 1), a.rows32, a.cols, x, y, out, a.nnz, n, x.stride(0), y.stride(0))
     return out if n else out.zero_()

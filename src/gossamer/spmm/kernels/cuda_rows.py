@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,27 +15,31 @@ from .. import KIND, Csr, Packed, SpmmKernel, Way
 from .._columns import columns_of, padded, processors
 
 THREADS, WARP = 128, 32
-# Entries of a team in flight, lanes of a team at most: narrow teams find more of B's rows in a multiprocessor's cache.
-KNOBS = ((4, 32), (8, 32), (8, 8), (8, 4))
-DEEP, DEEP_MEAN = (16, 8), 128  # for float32 rows that keep so many in flight twice over
-LONG = 4  # rounds of entries after which a segment may get a block of its own
+LANES = (THREADS, 32, 16, 8, 4, 2, 1)  # that a segment may get, in the order in which the kernel takes them
+# Loads of a lane in flight; lanes of a team at most (narrow ones find more of B's rows in a multiprocessor's cache);
+# whether half as many lanes take twice as much of a row each; and for which rows: entries in the mean, at least.
+KNOBS = ((4, 32, False, 0), (8, 32, False, 0), (8, 32, True, 0), (8, 8, False, 24), (16, 8, False, 64))
+ALONE = 4.0  # rounds of entries, at most, that a team goes through by itself; a longer segment has several
+LONG = 4  # rounds of a warp after which a segment may get a block of its own
 SHORTEST = 4  # rounds of a block in the shortest segment of a row that is cut
 WARPS_PER_SM = 48  # that should have a segment
 
 
 @cache
-def function(kind: int, team: int, par: int, loads: int, unroll: int, entry: str = "spmm_rows") -> nvrtc.Function:
-    args = {"spmm_rows": "PPPPPPiiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
-    macros = {"TYPE": kind, "TEAM": team, "PAR": par, "LOADS": loads, "UNROLL": unroll}
+def function(kind: int, team: int, loads: int, unroll: int, entry: str = "spmm_rows") -> nvrtc.Function:
+    args = {"spmm_rows": "PPPPPPiiiiiiiii", "spmm_rows_sum": "PPPi", "sddmm": "PPPPPqiii"}[entry]
+    macros = {"TYPE": kind, "TEAM": team, "LOADS": loads, "UNROLL": unroll}
     return nvrtc.Function("spmm_rows.cuh", entry, args, macros)
 
 
 VARIANTS = (
-    function(0, 1, 8, 1, 4),
-    function(1, 32, 1, 2, 2),
-    function(2, 8, 4, 1, 8),
-    function(0, 1, 1, 1, 1, "spmm_rows_sum"),
-    function(2, 8, 1, 1, 1, "sddmm"),
+    function(0, 1, 1, 4),
+    function(1, 32, 2, 2),
+    function(2, 8, 1, 8),
+    function(2, 16, 2, 4),
+    function(2, 32, 4, 2),
+    function(0, WARP, 1, 1, "spmm_rows_sum"),
+    function(2, 8, 1, 1, "sddmm"),
 )
 
 
@@ -50,14 +55,12 @@ class CudaRows(SpmmKernel):
 
     @classmethod
     def ways(cls, a: Csr, tf32: bool, deterministic: bool = True) -> list[Way]:
-        deep = a.dtype == torch.float32 and mean_of(a) >= DEEP_MEAN
-        knobs = [*KNOBS, DEEP] if deep else KNOBS
-        return [Way(cls.name, (("unroll", unroll), ("team", team))) for unroll, team in knobs]
+        mean = mean_of(a)
+        return [Way(cls.name, named(unroll, team, double)) for unroll, team, double, least in KNOBS if mean >= least]
 
     @classmethod
     def pack(cls, a: Csr, n: int, **knobs: Any) -> Packed:
-        usual = dict(zip(("unroll", "team"), KNOBS[0], strict=True))
-        meta = {"shape": list(a.shape), "mean": mean_of(a)} | usual | knobs
+        meta = {"shape": list(a.shape)} | dict(named(*KNOBS[0][:3])) | knobs
         return cls._cut(Packed((a.pointers, a.cols, a.values), meta), n)
 
     @classmethod
@@ -67,30 +70,27 @@ class CudaRows(SpmmKernel):
     @classmethod
     def _cut(cls, packed: Packed, n: int) -> Packed:
         pointers, _, values = packed.tensors
-        knobs = packed.meta["unroll"], packed.meta["team"]
-        cut = Cut.of(n, values.element_size(), packed.meta["mean"], len(values), *knobs, values.device)
+        cut = Cut.of(n, values.element_size(), len(values), packed.meta, values.device)
         segments, longs, slots = cut_rows(pointers, cut.limit)
-        wide = int((segments[:, 2] - segments[:, 1] > cut.whole).sum())
-        return Packed((segments, longs, *packed.tensors), packed.meta | {"slots": slots, "wide": wide})
+        segments, counts = by_lanes(segments, cut)
+        return Packed((segments, longs, *packed.tensors), packed.meta | {"slots": slots, "counts": counts})
 
     @classmethod
     def run(cls, b: Tensor, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
         segments, longs, _, cols, values = packed
         kind, n = KIND[b.dtype], b.shape[1]
         b, width = padded(b)
-        team, par, loads = shape_of(width, b.element_size(), meta["mean"], meta["team"])
         c = b.new_empty(meta["shape"][0], width)
         partial = torch.empty(meta["slots"], width, device=b.device)
-        blocks = meta["wide"] + -(-team * par * (len(segments) - meta["wide"]) // THREADS)
-        grid = blocks, -(-width // (team * loads * 16 // b.element_size())), 1
-        tensors = segments, cols, values, b, c, partial
         if len(segments) and width:
-            kernel = function(kind, team, par, loads, meta["unroll"] // loads)
-            sizes = len(segments), meta["wide"], width, b.stride(0)
-            kernel.launch(grid, (THREADS, 1, 1), *tensors, *sizes)
+            shape = shape_of(width, b.element_size(), meta["team"], meta["double"])
+            counts, blocks = launched(tuple(meta["counts"]), shape.team)
+            grid = blocks, -(-width // (shape.bytes // b.element_size())), 1
+            kernel = function(kind, *shape, meta["unroll"] // shape.loads)
+            kernel.launch(grid, (THREADS, 1, 1), segments, cols, values, b, c, partial, *counts, width, b.stride(0))
         if meta["slots"] and width:
             grid = len(longs), -(-width // THREADS), 1
-            function(kind, 1, 1, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
+            function(kind, WARP, 1, 1, "spmm_rows_sum").launch(grid, (THREADS, 1, 1), longs, partial, c, width)
         return columns_of(c, n)
 
     @classmethod
@@ -98,38 +98,65 @@ class CudaRows(SpmmKernel):
         return *packed[:4], values
 
 
+def named(unroll: int, team: int, double: bool) -> tuple[tuple[str, int], ...]:
+    return ("unroll", unroll), ("team", team), ("double", double)
+
+
 def mean_of(a: Csr) -> float:
     """Entries of a row that has some."""
     return a.nnz / max(1, int((a.lengths > 0).sum()))
 
 
-def shape_of(width: int, size: int, mean: float, most: int) -> tuple[int, int, int]:
-    """Lanes per entry, entries at a time, loads per lane, for rows of B of `width` numbers of `size` bytes."""
-    vectors = width * size // 16
+class Shape(NamedTuple):
+    """`team` lanes hold an entry's row of B, `loads` vectors of 16 bytes each."""
+
+    team: int
+    loads: int
+
+    @property
+    def bytes(self) -> int:
+        return 16 * self.team * self.loads
+
+
+def shape_of(width: int, size: int, most: int, double: bool) -> Shape:
+    """For rows of B of `width` numbers of `size` bytes and at most so many lanes; `double`: half of them, if it may."""
+    vectors = -(-width * size // 16)
     team = min(most, 1 << max(0, vectors - 1).bit_length())
-    loads = 2 if team == WARP and vectors > WARP else 1
-    par = next(p for p in (32, 16, 8, 4, 2, 1) if p <= 32 // team and (p == 1 or 2 * p <= mean))
-    return team, par, loads
+    if team == WARP and vectors > WARP:
+        return Shape(team, 4 if double and vectors > 2 * WARP else 2)
+    return Shape(team // 2, 2) if double and team > 1 else Shape(team, 1)
 
 
 class Cut(NamedTuple):
-    """A row of more than `limit` entries is cut, a segment of more than `whole` gets a block of its own."""
+    """A row of more than `limit` entries is cut, a segment of more than `whole` gets a block of its own.
+
+    A segment of at most `alone` entries gets one team of `team` lanes.
+    """
 
     limit: int
     whole: int
+    alone: int
+    team: int
 
     @classmethod
-    def of(cls, n: int, size: int, mean: float, nnz: int, unroll: int, most: int, device: torch.device | None) -> Cut:
+    def of(cls, n: int, size: int, nnz: int, knobs: dict[str, Any], device: torch.device | None) -> Cut:
         """No chain of rounds should last longer than a fair share of all, or than a few rounds if that is more."""
-        team, par, loads = shape_of(-(-n * size // 16) * 16 // size, size, mean, most)
-        tiles = -(-n * size // (16 * team * loads))
-        rounds = nnz * tiles * team / (WARP * unroll // loads * WARPS_PER_SM * processors(device))
-        step = unroll // loads * THREADS // team
-        return cls(round(max(SHORTEST, rounds) * step), round(max(LONG, rounds) * unroll // loads * par))
+        shape = shape_of(n, size, knobs["team"], knobs["double"])
+        step = knobs["unroll"] // shape.loads  # entries of a team in flight
+        tiles = -(-n * size // shape.bytes)
+        rounds = nnz * tiles * shape.team / (WARP * step * WARPS_PER_SM * processors(device))
+        limit, whole = max(SHORTEST, rounds) * THREADS, max(LONG, rounds) * WARP
+        alone = round(min(ALONE, max(1.0, rounds)) * step)
+        return cls(round(limit * step / shape.team), round(whole * step / shape.team), alone, shape.team)
+
+    def lanes(self, length: int) -> int:
+        """That a segment of so many entries gets."""
+        teams = 1 << math.ceil(math.log2(max(1.0, length / self.alone)))
+        return THREADS if length > self.whole else min(WARP, self.team * teams)
 
 
 def cut_rows(pointers: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
-    """Segments int32 [S, 4] of (row, begin, end, slot), long ones first, those of about one length in A's order.
+    """Segments int32 [S, 4] of (row, begin, end, slot), in A's order.
 
     Also the rows that were cut, int32 [L, 3] of (row, first slot, end slot), and how many slots there are.
     """
@@ -147,8 +174,28 @@ def cut_rows(pointers: Tensor, limit: int) -> tuple[Tensor, Tensor, int]:
     several = (parts > 1).nonzero().flatten()
     slots = _starts(parts[several])
     longs = torch.stack([several, slots[:-1], slots[1:]], 1).to(torch.int32)
-    size = torch.ceil(torch.log2((end - begin + 1).double())).long()
-    return segments[torch.argsort(size, descending=True, stable=True)], longs, int(slots[-1])
+    return segments, longs, int(slots[-1])
+
+
+def by_lanes(segments: Tensor, cut: Cut) -> tuple[Tensor, list[int]]:
+    """Segments that get many lanes first, long ones before short ones, those of about one length as they lay.
+
+    Also how many get each of LANES.
+    """
+    lengths = (segments[:, 2] - segments[:, 1]).double()
+    teams = torch.exp2(torch.ceil(torch.log2((lengths / cut.alone).clamp(min=1))))
+    lanes = torch.where(lengths > cut.whole, THREADS, (cut.team * teams).clamp(max=WARP)).long()
+    about = torch.ceil(torch.log2(lengths + 1)).long()
+    counts = torch.bincount(lanes, minlength=THREADS + 1).tolist()
+    return segments[torch.argsort(lanes * 64 + about, descending=True, stable=True)], [counts[x] for x in LANES]
+
+
+@lru_cache(maxsize=256)
+def launched(counts: tuple[int, ...], team: int) -> tuple[tuple[int, ...], int]:
+    """Counts for teams of so many lanes, which B may ask for that is wider than was packed for; and the blocks."""
+    at = LANES.index(team)
+    counts = (*counts[:at], sum(counts[at:]), *[0] * (len(LANES) - 1 - at))
+    return counts, sum(-(-count * lanes // THREADS) for count, lanes in zip(counts, LANES, strict=True))
 
 
 def _starts(counts: Tensor) -> Tensor:
