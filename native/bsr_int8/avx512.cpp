@@ -26,33 +26,36 @@ struct Ahead {
   int64_t step;
 };
 
-// Few tokens leave few independent sums: then two groups at a time, so that they do not wait for one another.
+// Few tokens leave few independent sums: then two groups at a time, so that they do not wait for one another. Pointers
+// run, instead of an index, as what counts them takes ports from the products.
 template <int NB, bool Quads, bool Fetch, class Off>
 INLINE void product(const Groups& a, int64_t row, const uint8_t* x, Ahead& ahead, Sums<NB>& s) {
-  const Off* offsets = static_cast<const Off*>(a.offsets);
-  int64_t g = a.starts[row];
-  const int64_t end = a.starts[row + 1];
+  constexpr int many = Quads ? 1 : 4;  // offsets of a group
+  const Off* offsets = static_cast<const Off*>(a.offsets) + many * a.starts[row];
+  const int8_t* data = a.data + 16 * a.starts[row];
+  const int8_t* const end = a.data + 16 * a.starts[row + 1];
   __m512i in[NB / 16];
-  if constexpr (NB == 16) {
-    Sums<NB> odd;
-    for (auto& r : odd.v) r[0] = _mm512_setzero_si512();
-    for (; g + 2 <= end; g += 2) {
-      fetch<NB, Quads>(x, offsets, g, in);
-      multiply<NB>(s, a.data + 16 * g, in);
-      fetch<NB, Quads>(x, offsets, g + 1, in);
-      multiply<NB>(odd, a.data + 16 * g + 16, in);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) s.v[r][0] = _mm512_add_epi32(s.v[r][0], odd.v[r][0]);
-  }
-  for (; g < end; ++g) {
+  const auto group = [&](Sums<NB>& sums) __attribute__((always_inline)) {
     if constexpr (Fetch) {
       _mm_prefetch(ahead.at, _MM_HINT_T1);
       ahead.at += ahead.step;
     }
-    fetch<NB, Quads>(x, offsets, g, in);
-    multiply<NB>(s, a.data + 16 * g, in);
+    fetch<NB, Quads>(x, offsets, in);
+    multiply<NB>(sums, data, in);
+    offsets += many;
+    data += 16;
+  };
+  if constexpr (NB == 16) {
+    Sums<NB> odd;
+    for (auto& r : odd.v) r[0] = _mm512_setzero_si512();
+    while (data + 16 < end) {
+      group(s);
+      group(odd);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) s.v[r][0] = _mm512_add_epi32(s.v[r][0], odd.v[r][0]);
   }
+  while (data < end) group(s);
 }
 
 template <int NB, bool Quads, bool Fetch, class Off, End E>
