@@ -247,3 +247,20 @@ def test_a_large_matrix_in_steps_is_the_same_to_the_bit(kernel: Any, as_: Any, t
         torch.set_num_threads(threads)
     check(found[0], x, a)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_bias_of_any_dtype_and_strides(kind: torch.dtype, tokens: int) -> None:
+    """As `half()` leaves it, or a view; a function of x alone sees it change."""
+    a, x = sparse((20, 30), 0.5, torch.float32), some((tokens, 30), torch.float32)
+    for bias in (some((20,), torch.float32).to(kind), some((40,), torch.float32)[::2]):
+        for kernel, form in ((CpuBitmask, Bitmask), (CpuBitmaskMany, Bitmask), (CpuDense, Dense)):
+            packed = kernel.pack(form.encode(a), x.dtype)
+            call = kernel.bind(packed.tensors, packed.meta, bias)
+            for _ in range(2):
+                check(kernel.run(x[:16], packed.tensors, packed.meta, bias), x[:16], a, bias)
+                check(call(x[:16]), x[:16], a, bias)
+                bias.mul_(2)
+            if kernel is not CpuDense:
+                check(call(x), x, a, bias)

@@ -535,3 +535,24 @@ def test_patterns_have_digests_of_their_own() -> None:
     a = random(20, 30, 0.2)
     found = {tuple(memory.digest(Csr.of(x))) for x in (a, a.t(), a.roll(1, 0), a.roll(1, 1), a * (a != a[a != 0][0]))}
     assert len(found) == 5 and memory.digest(Csr.of(2 * a)) == memory.digest(Csr.of(a))
+
+
+def test_values_that_are_edited_are_packed_again() -> None:
+    a, b = SparseMatrix(torch.randn(20, 30).relu()), torch.randn(30, 3)
+    before = a @ b, a.T @ torch.ones(20, 1)
+    a.values.mul_(3)
+    torch.testing.assert_close(a @ b, 3 * before[0])
+    torch.testing.assert_close(a.T @ torch.ones(20, 1), 3 * before[1])
+
+
+def test_derivatives_that_it_does_not_have_are_refused() -> None:
+    a, b = SparseMatrix(torch.randn(20, 30).relu()), torch.randn(30, 3)
+    for derive in (
+        lambda: torch.func.jvp(lambda b: a @ b, (b,), (b,)),
+        lambda: torch.func.grad(lambda b: (a @ b).sum())(b),
+        lambda: torch.func.grad(lambda b: torch.vmap(lambda c: a @ c)(b).sum())(b.expand(2, -1, -1)),
+    ):
+        with pytest.raises(NotImplementedError, match="fix: use torch.autograd"):
+            derive()
+    found = torch.vmap(lambda c: a @ c)(b.expand(2, -1, -1))
+    torch.testing.assert_close(found[1], a @ b)

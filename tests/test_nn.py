@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -317,3 +318,37 @@ def test_the_short_way_is_not_taken_past_anybody(prepared: SparseLinear) -> None
     assert "gossamer.linear.default" in seen
     doubled = torch.func.functional_call(prepared, {"bias": 2 * prepared.bias}, (x.detach(),))
     torch.testing.assert_close(doubled, prepared(x.detach()) + prepared.bias)
+
+
+@pytest.mark.parametrize("edit", ["assigned", "in place", "assigned in the lender", "in place in the lender"])
+def test_a_prepared_layer_runs_what_is_stored(edit: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever it packed, a dense copy here, belongs to what was stored when it was prepared."""
+    lender, _, layer = borrowing()
+    x = torch.randn(3, K)
+    layer.use(
+        torch.float32, [(512, (dispatch.Step("vendor", (len(layer.parts()),), {}),))], (layer.decode(torch.float32),)
+    )
+    with torch.no_grad():
+        before = layer(x)
+        owner, name = (lender, "right_weight") if "lender" in edit else (layer, "weight")
+        held = owner.get_parameter(name)
+        if "assigned" in edit:
+            setattr(owner, name, nn.Parameter(held * 3, requires_grad=False))
+        else:
+            held.mul_(3)
+        torch.testing.assert_close(layer(x), 3 * before, rtol=1e-2, atol=1e-2)
+    assert not layer.prepared
+    assert ("edited" in caplog.text) == (edit != "assigned")
+
+
+def test_transforms_of_torch_func_and_forward_mode(a: Format) -> None:
+    layer, x = SparseLinear.from_format(a, torch.randn(a.shape[0])), torch.randn(3, a.shape[1])
+    dense, tangent = a.decode(torch.float32), torch.randn(3, a.shape[1])
+    tangents = (torch.func.jvp(layer, (x,), (tangent,))[1], torch.func.jacfwd(layer)(x[0]) @ tangent.mT)
+    torch.testing.assert_close(tangents[0], tangent @ dense.mT)
+    torch.testing.assert_close(tangents[1], dense @ tangent.mT)
+    torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), dense)
+    torch.testing.assert_close(torch.vmap(layer)(x), x @ dense.mT + layer.bias)
+    with forward_ad.dual_level(), torch.no_grad():
+        found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+    torch.testing.assert_close(found.tangent, tangent @ dense.mT)

@@ -257,3 +257,36 @@ def test_dense_layers_share_a_sparse_call_only_far_ahead(whole: bool, together: 
     option = Option(("cpu_bitmask",), False, 0, {1: together})
     found = _better_together([option], [1], layers, dict.fromkeys(layers, alone))
     assert found == ([(1, option)] if stacks else [])
+
+
+EDITS = {
+    "weight assigned": lambda k: setattr(k, "weight", nn.Parameter(k.weight * 9, requires_grad=False)),
+    "weight in place": lambda k: k.weight.mul_(9),
+    "bias assigned": lambda k: setattr(k, "bias", nn.Parameter(torch.ones(8), requires_grad=False)),
+    "bias in place": lambda k: k.bias.fill_(1),
+    "state loaded": lambda k: k.load_state_dict(
+        {n: t * 9 if t.is_floating_point() else t for n, t in k.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_what_is_edited_is_what_runs(edit, compiled: bool, copied: bool) -> None:
+    model = Attention(bias=True)
+    gossamer.prepare(model)
+    model = copy.deepcopy(model) if copied else model
+    assert model.k_proj.stack is not None
+    run, x = torch.compile(model, backend="aot_eager") if compiled else model, torch.randn(2, 40)
+    with torch.no_grad():
+        run(x)
+        before = model.k_proj.decode().clone(), model.k_proj.bias.clone()
+        edit(model.k_proj)
+        assert not (torch.equal(model.k_proj.decode(), before[0]) and torch.equal(model.k_proj.bias, before[1]))
+        for tokens in (2, 2, 30):
+            x = torch.randn(tokens, 40)
+            for name, y in zip(("q_proj", "k_proj", "v_proj"), run(x), strict=True):
+                layer = model.get_submodule(name)
+                torch.testing.assert_close(y, x @ layer.decode(torch.float32).mT + layer.bias, rtol=1e-4, atol=1e-4)
+    assert model.k_proj.stack is None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formats, ops_spmm
+from . import formats, ops, ops_spmm
 from .formats import FormatError
 from .formats.csr import CsrFormat
 from .machine import free_memory
@@ -30,6 +30,7 @@ class _Side:
 
     chooser: Chooser
     place: Tensor | None
+    version: int  # of A's values, when it was packed
 
 
 class SparseMatrix:
@@ -124,6 +125,11 @@ class SparseMatrix:
             raise ValueError(f"B is on {b.device}, A on {self.values.device}; fix: B.to(A.device) or A.to(B.device)")
         if not b.is_floating_point():
             raise ValueError(f"B has {b.dtype}, and the result would have it, too; fix: B.float()")
+        if ops.differentiated():
+            raise NotImplementedError(
+                "a SparseMatrix has no derivatives for torch.func or forward mode; fix: use torch.autograd, "
+                "or the dense matrix, A.torch().to_dense()"
+            )
         flat = b.unsqueeze(1) if b.ndim == 1 else b
         out = torch.ops.gossamer.spmm(self.values, flat.to(self.values.dtype), self._handle, transposed).to(b.dtype)
         return out.squeeze(1) if b.ndim == 1 else out
@@ -141,11 +147,13 @@ class SparseMatrix:
         return sampled.sddmm(self._csr, x, y)
 
     def _side(self, transposed: bool) -> _Side:
-        if transposed not in self._sides:
+        # With a gradient, values come along with every product; else what was packed holds them.
+        version = 0 if self.values.requires_grad else ops.version(self.values)
+        if transposed not in self._sides or self._sides[transposed].version != version:
             csr, place = self._csr.transposed() if transposed else (self._csr, None)
             tf32, changing = self.precision == "tf32", self.values.requires_grad
             chooser = Chooser(csr, tf32, self._reorder, changing, self._measure, self._deterministic)
-            self._sides[transposed] = _Side(chooser, place)
+            self._sides[transposed] = _Side(chooser, place, version)
         return self._sides[transposed]
 
     def prepare(self, *widths: int, measure: bool = False, transposed: bool = False) -> SparseMatrix:

@@ -149,7 +149,7 @@ def bitmask_linear(
     rows = mask.shape[0]
     x, y, tokens, stride = _in_and_out(x, rows, cols)
     if tokens:
-        at, kind = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+        bias, at, kind = _added(bias)
         _bitmask_linear(
             mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), FLOATS[values.dtype], rows, cols,
             x.data_ptr(), FLOATS[x.dtype], stride, tokens, at, kind, y.data_ptr(), _threads(),
@@ -166,7 +166,7 @@ def bitmask_many(
     """
     rows = mask.shape[0]
     x, y, tokens, stride = _in_and_out(x, rows, cols, most=None)
-    at, kind = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+    bias, at, kind = _added(bias)
     finite = _bitmask_many(
         mask.data_ptr(), values.data_ptr(), offsets.data_ptr(), FLOATS[values.dtype], rows, cols,
         x.data_ptr(), FLOATS[x.dtype], stride, tokens, at, kind, y.data_ptr(), _threads(),
@@ -179,7 +179,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     rows, cols = weight.shape
     x, y, tokens, stride = _in_and_out(x, rows, cols)
     if tokens:
-        at, kind = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
+        bias, at, kind = _added(bias)
         _dense_linear(
             weight.data_ptr(), FLOATS[weight.dtype], rows, cols,
             x.data_ptr(), FLOATS[x.dtype], stride, tokens, at, kind, y.data_ptr(), _threads(),
@@ -205,8 +205,10 @@ def _bound(
 ) -> Callable[[Tensor], Tensor]:
     """`head`: the arguments before x. The memory behind `held` and `bias` lives as long as what is returned."""
     rows, cols = head[-2:]
+    given, *tail = _added(bias)
+    if given is not bias:  # a copy, which would not see the bias change
+        return lambda x: _bound(function, head, held, _added(bias)[0])(x)
     held = tuple(t.detach() for t in held) + (() if bias is None else (bias.detach(),))
-    tail = (0, 0) if bias is None else (bias.data_ptr(), FLOATS[bias.dtype])
 
     def call(x: Tensor, _held: tuple[Tensor, ...] = held) -> Tensor:
         x, y, tokens, stride = _in_and_out(x, rows, cols)
@@ -215,6 +217,14 @@ def _bound(
         return y
 
     return call
+
+
+def _added(bias: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """The bias as the products take it, its address and its dtype."""
+    if bias is None:
+        return None, 0, 0
+    bias = (bias if bias.dtype in FLOATS else bias.float()).contiguous()
+    return bias, bias.data_ptr(), FLOATS[bias.dtype]
 
 
 def unpack_rows(values: Tensor, mask: Tensor, offsets: Tensor, begin: int, out: Tensor) -> None:
@@ -271,9 +281,7 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _in_and_out(
-    x: Tensor, rows: int, cols: int, most: int | None = MAX_TOKENS
-) -> tuple[Tensor, Tensor, int, int]:
+def _in_and_out(x: Tensor, rows: int, cols: int, most: int | None = MAX_TOKENS) -> tuple[Tensor, Tensor, int, int]:
     """x as a matrix whose rows are whole, y, tokens, and the distance between rows of x in bytes.
 
     Short ways first: a decode step makes hundreds of these calls, and a microsecond here is a tenth of one.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from . import dispatch, formats, ops
 from .formats import Format, Spec
@@ -17,6 +19,7 @@ from .stack import Stack
 log = logging.getLogger("gossamer")
 
 Calls = tuple[torch.dtype | None, Tensor | None, dispatch.Bound]  # of x, for this bias
+EDITED = "a prepared layer's tensors were edited and it runs as it is stored; fix: call gossamer.prepare(model) again"
 MOVED = "a prepared layer moved to another device; fix: call gossamer.prepare(model) again"
 
 
@@ -49,6 +52,7 @@ class SparseLinear(nn.Module):
         self._calls: Calls | None = None
         self._stack: Stack | None = None
         self._place = 0
+        self._watched: list[tuple[Tensor, int]] = []
         self._number = ops.number(self)
         self._address = ops.to_address(self._number, self.out_features)
         self._names = tuple(formats.layout(spec))
@@ -124,19 +128,25 @@ class SparseLinear(nn.Module):
         """
         self.layout = dispatch.to_layout(self.spec, dtype, ways, source)
         self._packed, self._stack, self._calls = tuple(packed), None, None
-        self._readdress()
         if source is not None:
             self._released, self._parameters = True, {"bias": self.bias}
+        self._settle()
 
     def join(self, stack: Stack, place: int, tensors: Mapping[str, Tensor] | None = None) -> None:
         """Run as part of a stack; `tensors` are the layer's own, if they lie in the stack's memory now."""
         self._stack, self._place, self._calls = stack, place, None
-        self._readdress()
         tensors = tensors or {}
         for name, tensor in tensors.items():
             self._parameters[name] = _frozen(tensor)
+        stack.members[place] = weakref.ref(self)
+        self._settle()
 
-    def _readdress(self) -> None:
+    def _settle(self) -> None:
+        """The choices are made: take note of what they were made for, and tell compiled graphs."""
+        held = [] if self._released or (not self.prepared and self._stack is None) else self.parts()
+        if self._stack is not None and self.bias is not None:
+            held.append(self.bias)
+        self._watched = [(t, t._version) for t in held if not t.is_inference()]
         shared = None if self._stack is None else self._stack.shared(self._place)
         self._address = ops.to_address(self._number, self.out_features, shared)
 
@@ -151,7 +161,7 @@ class SparseLinear(nn.Module):
             stored = {n: _frozen(t) for n, t in self.format.tensors().items()}
             self._released, self._parameters = False, stored | {"bias": self.bias}
         self.layout, self._packed, self._stack, self._calls = self.stored_layout, (), None, None
-        self._readdress()
+        self._settle()
 
     @property
     def format(self) -> Format:
@@ -177,17 +187,38 @@ class SparseLinear(nn.Module):
             return dispatch.route(self.layout).assemble(self._packed).decode(dtype)
         return self.format.decode(dtype)
 
+    @property
+    def edited(self) -> bool:
+        """Has a stored tensor, or the bias of a stack, changed since the choices were made?
+
+        Changes through `.data` leave no trace: call `unprepare` before these.
+        """
+        return any([t._version != version for t, version in self._watched])  # a generator takes twice as long
+
+    def start_over(self) -> None:
+        """Run as what is stored now says."""
+        log.warning(EDITED)
+        self.unprepare()
+
     def forward(self, x: Tensor) -> Tensor:
         if ops.compiled(x):
             return torch.ops.gossamer.part(x, self._address)
+        if self._watched and not ops.is_compiling() and self.edited:
+            self.start_over()
         if (stack := self._stack) is not None and stack.takes(x):
             return stack.part(self._place, x)
         if ops.plain(x):
-            return self.run(x)
+            return self._run(x)
         return ops.linear(x, self._operands(), self.layout, self._parameters["bias"])
 
     def run(self, x: Tensor) -> Tensor:
-        """The product without gradient, by the layer itself: past all that is the same in the hundreds of a step."""
+        """The product without gradient, by the layer itself."""
+        if self._watched and self.edited:
+            self.start_over()
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        # Past all that is the same in the hundreds of a step.
         if x.shape[-1] == self.in_features:
             dtype, bias, bound = self._calls or self._bind()
             if x.dtype == dtype and bias is self._parameters["bias"]:
@@ -219,19 +250,26 @@ class SparseLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = self.__dict__
-        if name in held.get("_names", ()):
-            held["_calls"] = None
-            if held["_released"]:
-                self.unprepare()
+        old = held["_parameters"].get(name) if name in held.get("_names", ()) else None
+        if old is not None or (name == "bias" and held.get("_stack") is not None):
+            if self.prepared or self._stack is not None:
+                self.unprepare()  # what was packed belongs to the old tensors
+            if name.startswith("right_") and not old.is_inference():
+                increment_version(old)  # for those that borrow it
+            self._calls = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_calls": None}
+        if self.edited:
+            self.start_over()
+        return self.__dict__ | {"_calls": None, "_watched": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = ops.number(self)
-        self._readdress()
+        if self._stack is not None:
+            self._stack.members[self._place] = weakref.ref(self)
+        self._settle()
         if self.prepared and not dispatch.route(self.layout).runs_on(self.device):
             self.unprepare()  # unpickled on another kind of device, or where another library packs otherwise
 

@@ -22,10 +22,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .dispatch import route
 from .formats import dtype_of
+from .kernels import reference
 
 _library = torch.library.Library("gossamer", "DEF")
 _library.define("linear(Tensor x, Tensor[] parts, str layout, Tensor? bias) -> Tensor")
@@ -80,10 +83,15 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     """`torch.ops.gossamer.linear`, past the dispatcher where that has nothing to do.
 
     A decode step of a small model makes hundreds of these calls, and the way through the dispatcher into Python takes
-    as long as a small product. Under compilation, with gradients, in any mode or transform the op itself is called.
+    as long as a small product. Under compilation, with gradients or in any mode the op itself is called. It knows no
+    other derivatives than `backward`: for those of `torch.func` and forward mode, and for vmap, the weight is decoded.
     """
     if plain(x):
         return route(layout).linear(x, parts, bias)
+    if transformed():
+        wide = reference.wide(x)
+        added = None if bias is None else bias.to(wide)
+        return torch.nn.functional.linear(x.to(wide), torch.ops.gossamer.decode(parts, layout, wide), added).to(x.dtype)
     return torch.ops.gossamer.linear(x, parts, layout, bias)
 
 
@@ -103,7 +111,20 @@ def plain(x: Tensor) -> bool:
     """Is there nobody who would have to see an op: no compiler, gradient, mode, transform or kind of tensor?"""
     if is_compiling() or _grad() or type(x) is not Tensor:
         return False
-    return not (_dispatch_modes() or _function_modes()) and _transform() is None
+    return not (_dispatch_modes() or _function_modes() or transformed())
+
+
+def transformed() -> bool:
+    """Is a transform of `torch.func` at work here, or forward-mode differentiation?"""
+    return _transform() is not None or forward_ad._current_level >= 0
+
+
+def differentiated() -> bool:
+    """Is one of these at work that takes derivatives?"""
+    if is_compiling() or not transformed():
+        return False
+    kinds = {i.key() for i in torch._C._functorch.get_interpreter_stack() or ()}  # type: ignore[attr-defined]
+    return forward_ad._current_level >= 0 or bool(kinds & {TransformType.Grad, TransformType.Jvp})
 
 
 def _decode(parts: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,9 @@ on the CPU does the same by an op, `gossamer::part`, so that a graph need not lo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ from .formats import Format, dtype_name
 from .formats.bitmask import Bitmask
 
 MOST_TOKENS = {"cpu": 16, "cuda": 64}  # beyond, a call costs little beside its work
+
+
+class Member(Protocol):
+    """A layer of a stack."""
+
+    @property
+    def edited(self) -> bool: ...
+
+    def run(self, x: Tensor) -> Tensor: ...
 
 
 class Stack:
@@ -48,9 +58,10 @@ class Stack:
         self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self._bound: dispatch.Bound | None = None
         self._number = ops.number(self)
+        self.members: dict[int, weakref.ref[Member]] = {}  # by place
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"held": None, "_bound": None}
+        return self.__dict__ | {"held": None, "_bound": None, "members": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -85,6 +96,9 @@ class Stack:
 
     def run(self, x: Tensor) -> Tensor:
         """The whole product, without gradient."""
+        for held in self.members.values():
+            if (layer := held()) is not None and layer.edited:
+                return self._apart(x)
         if x.shape[-1] == self._width:
             if self._bound is None:
                 self._bound = dispatch.route(self.layout).bind(self.operands, self.bias)
@@ -93,6 +107,12 @@ class Stack:
                 if size <= most:
                     return call(x)
         return dispatch.route(self.layout).linear(x, self.operands, self.bias)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """The product, by each layer for itself; zeros for those that are gone, for which nobody asks."""
+        layers = [self.members[i]() for i in range(len(self.rows))]
+        empty = [x.new_zeros(*x.shape[:-1], rows) for rows in self.rows]
+        return torch.cat([e if layer is None else layer.run(x) for e, layer in zip(empty, layers, strict=True)], -1)
 
 
 def stacked(parts: Sequence[Bitmask]) -> Bitmask:
