@@ -23,7 +23,7 @@ from .race import SMALL, Entry, Group, Option, Race
 from .stack import MOST_TOKENS, Stack, stacked, views
 
 # Layers that alone run dense share a sparse call only if it takes this much less time, as its parts are cut, and this
-# much less memory: they are timed from nearer than they are read in a large model, where bytes count for more than calls.
+# much less memory: in a model weights come from further away than when timed, so that bytes count for more than calls.
 DENSE_APART = 0.85
 KIN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
