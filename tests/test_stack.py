@@ -250,9 +250,15 @@ def test_a_copy_is_called_by_a_number_of_its_own(model: Attention) -> None:
         assert not torch.equal(mine.run(x), copied.run(x))
 
 
-@pytest.mark.parametrize(("whole", "together", "stacks"), [(False, 2.9, True), (True, 2.7, False), (True, 2.3, True)])
-def test_dense_layers_share_a_sparse_call_only_far_ahead(whole: bool, together: float, stacks: bool) -> None:
-    layers = [SparseLinear.from_format(sparse(8)) for _ in range(3)]
+@pytest.mark.parametrize(
+    ("whole", "together", "zeros", "stacks"),
+    [(False, 2.9, 0.5, True), (True, 2.7, 0.5, False), (True, 2.3, 0.5, True), (True, 2.3, 0.1, False)],
+)
+def test_dense_layers_share_a_sparse_call_only_far_ahead(
+    whole: bool, together: float, zeros: float, stacks: bool
+) -> None:
+    stored = Bitmask.encode(torch.where(torch.arange(80).view(2, 40) < zeros * 80, 0, torch.ones(2, 40)))
+    layers = [SparseLinear.from_format(stored) for _ in range(3)]
     alone = Group(layers, [], [Option(("vendor" if whole else "cpu_bitmask",), whole, 0, {1: 1.0})])
     option = Option(("cpu_bitmask",), False, 0, {1: together})
     found = _better_together([option], [1], layers, dict.fromkeys(layers, alone))

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import dispatch
 from .dispatch import Step, Way
 from .explain import inner_dtype
-from .formats import Format
+from .formats import Format, dtype_of
 from .formats.bitmask import Bitmask
 from .formats.dense import Dense
 from .formats.product import Product
@@ -22,7 +22,9 @@ from .packs import Packs, dense_copy, exact, layout_of, step
 from .race import SMALL, Entry, Group, Option, Race
 from .stack import MOST_TOKENS, Stack, stacked, views
 
-DENSE_APART = 0.85  # layers that alone run dense share a sparse call only if it is this much ahead: its parts are cut
+# Layers that alone run dense share a sparse call only if it takes this much less time, as its parts are cut, and this
+# much less memory: in a model weights come from further away than when timed, so that bytes count for more than calls.
+DENSE_APART = 0.85
 KIN = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("w1", "w3"))
 
 
@@ -148,15 +150,20 @@ def _better_together(
 ) -> list[tuple[int, Option]]:
     """The best option for all in one call, up to the number of tokens where it loses to calls of their own."""
     ways = []
+    lighter = sum(m.stored_bytes for m in members) <= DENSE_APART * sum(_dense_bytes(m) for m in members)
     for n in sizes:
         best = min(options, key=lambda o: o.times.get(n, math.inf), default=None)
         apart = [chosen[m].best(n) for m in members]
         on_cpu_dense = members[0].device.type == "cpu" and all(o.whole for o in apart)
         limit = sum(o.cost(n) for o in apart) * (DENSE_APART if on_cpu_dense else 1.0)
-        if best is None or best.times.get(n, math.inf) > limit:
+        if best is None or best.times.get(n, math.inf) > limit or (on_cpu_dense and not lighter):
             break
         ways.append((n, best))
     return ways
+
+
+def _dense_bytes(layer: SparseLinear) -> int:
+    return layer.out_features * layer.in_features * dtype_of(layer.spec["dtype"]).itemsize
 
 
 def _made_stack(
