@@ -1,7 +1,8 @@
 // AMX: 16 outputs by 16 tokens by 64 channels an instruction, on x in the layout q, whose rows of four channels by 16
 // tokens are rows of a tile as they lie. Zeros are multiplied, too: gathering the channels that 16 rows have took
 // longer (docs/kernels/bsr_int8.md). Weights are stored without them and put into tiles in the first-level cache, for
-// all tokens that follow.
+// all tokens that follow. The matrix unit works by itself for most of the time: meanwhile the vector unit expands
+// weights, or finishes the tokens before these.
 #include <optional>
 
 #include "../amx.h"
@@ -21,6 +22,7 @@ constexpr int64_t slice_chunks = 12;  // whose weights, of 32 rows, leave room i
 constexpr int64_t most_chunks = 16;   // up to so many are better not cut in two where many tokens follow
 constexpr int64_t group_blocks = 8;   // of tokens, at most, and
 constexpr int64_t group_bytes = 1 << 20;  // which stay in the second-level cache while all panels pass
+constexpr int64_t ahead = 2;          // chunks, from the writing of weights to the reading of a tile
 
 // 32 rows by 64 tokens.
 struct alignas(64) Products {
@@ -49,11 +51,12 @@ struct Packed {
     values = a.data + start;
   }
 
-  // The next chunk. Two loads for the four rows of a block row, if they have at most 32 channels each, as their bytes
-  // are then picked out by numbers that count from the first row's.
+  // The next `rows` block rows of a chunk. Loads are what the tiles compete for: two for the four rows, if they have
+  // at most 32 channels each, as their bytes are then picked out by numbers that count from the first row's.
+  template <int rows>
   INLINE void expand(int8_t* to) {
 #pragma GCC unroll 8
-    for (int i = 0; i < panel_rows; ++i, masks += 8, to += 256) {
+    for (int i = 0; i < rows; ++i, masks += 8, to += 256) {
       uint64_t mask;
       std::memcpy(&mask, masks, 8);
       const int64_t count = _mm_popcnt_u64(mask);
@@ -75,7 +78,7 @@ struct Packed {
 };
 
 // Where tiles 1 and 3 of the last pass go. They are stored within the next one: a store waits for the last product of
-// its tile, and nothing after it starts as long.
+// its tile, and hardly anything after it starts as long.
 struct Pending {
   int32_t *upper = nullptr, *lower = nullptr;
 
@@ -88,10 +91,10 @@ struct Pending {
 };
 
 // Two tiles of rows by vectors V and, unless there is but one, V + 1, some chunks, added to what earlier ones gave.
-template <int NB, int V>
+// `meanwhile` is called four times in every chunk; from the second one on all of the pass before is stored.
+template <int NB, int V, class Meanwhile>
 INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_t* x, bool first, Products& p,
-                             Pending& pending) {
-  const uint8_t* quads = x + 64 * V;
+                             Pending& pending, const Meanwhile& meanwhile) {
   if (first) {
     _tile_zero(0);
     _tile_zero(2);
@@ -99,24 +102,29 @@ INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_
     _tile_loadd(0, p.sums[0][V], 64);
     _tile_loadd(2, p.sums[1][V], 64);
   }
-  const auto left = [&] __attribute__((always_inline)) {
+  const uint8_t* quads = x + 64 * V;
+  const auto left = [&](int64_t c) __attribute__((always_inline)) {
     // Activations pass by the first-level cache, where the weights are to stay.
     _tile_stream_loadd(6, quads, 4 * NB);
     _tile_loadd(4, weights, 64);
     _tile_dpbsud(0, 4, 6);
+    meanwhile(c, 0);
     _tile_loadd(5, weights + 1024, 64);
     _tile_dpbsud(2, 5, 6);
+    meanwhile(c, 1);
   };
-  const auto right = [&] __attribute__((always_inline)) {
+  const auto right = [&](int64_t c) __attribute__((always_inline)) {
     if constexpr (NB > 16) {
       _tile_stream_loadd(7, quads + 64, 4 * NB);
       _tile_dpbsud(1, 4, 7);
-      _tile_dpbsud(3, 5, 7);
     }
+    meanwhile(c, 2);
+    if constexpr (NB > 16) _tile_dpbsud(3, 5, 7);
+    meanwhile(c, 3);
     weights += 2048;
     quads += 64 * NB;
   };
-  if (chunks > 0) left();
+  if (chunks > 0) left(0);
   pending.store();
   if constexpr (NB > 16) {
     if (first) {
@@ -127,10 +135,10 @@ INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_
       _tile_loadd(3, p.sums[1][V + 1], 64);
     }
   }
-  if (chunks > 0) right();
+  if (chunks > 0) right(0);
   for (int64_t c = 1; c < chunks; ++c) {
-    left();
-    right();
+    left(c);
+    right(c);
   }
   _tile_stored(0, p.sums[0][V], 64);
   _tile_stored(2, p.sums[1][V], 64);
@@ -152,7 +160,16 @@ class Ending {
 
   int64_t left() const { return end - row; }
 
-  __attribute__((noinline)) void step() {
+  // The commonest ends are code of the loops around them, at a gain of 3 %; all in each would take minutes to compile.
+  INLINE void step_between() {
+    if constexpr (E == End::any) step();
+    else step_now();
+  }
+
+  __attribute__((noinline)) void step() { step_now(); }
+
+ private:
+  INLINE void step_now() {
     const int64_t i = row - begin;
     Sums<NB> s;
     finish.start(row, s);
@@ -173,11 +190,22 @@ class Job {
   const Input& x;
   const Output& out;
   const Range& range;
-  std::optional<Ending<64, E>> waiting;  // until the first products of the next block are made
+  std::optional<Ending<64, E>> waiting;  // while the products of the next block are made
   Pending pending;
   Slice slice;
   Products products[group_blocks + 1];
   int64_t next = 0;  // of products, in turn
+
+  // Spreads block rows of `waiting` evenly over chunks, but the first one, in which the last of its sums are stored.
+  struct Spread {
+    Job& job;
+    int64_t rows, times;
+    mutable int64_t due = 0;
+    INLINE void operator()(int64_t c, int) const {
+      if (c == 0) return;
+      for (due += rows; due >= times; due -= times) job.waiting->step_between();
+    }
+  };
 
   void settle() {
     if (!waiting) return;
@@ -185,22 +213,36 @@ class Job {
     waiting.reset();
   }
 
-  // Of token block b: products with a slice; its end waits, if the slice is the last one.
+  template <int NB, int V>
+  INLINE void pass(const uint8_t* quads, int64_t chunks, bool first, Packed* fresh, Products& p) {
+    int8_t* weights = slice.weights[0][0][0];
+    if (fresh) {
+      for (int64_t c = 0; c < std::min(ahead, chunks); ++c) fresh->expand<8>(weights + 2048 * c);
+      const auto expand = [&](int64_t c, int part) __attribute__((always_inline)) {
+        if (c + ahead < chunks) fresh->expand<2>(weights + 2048 * (c + ahead) + 512 * part);
+      };
+      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, expand);
+    }
+    int64_t rows = waiting ? waiting->left() : 0;
+    if (V == 0 && NB == 64) rows = std::min(rows, panel_rows / 2);
+    if (rows) return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending,
+                                              Spread{*this, rows, 4 * chunks - 4});
+    multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, [](int64_t, int) {});
+  }
+
+  // Of token block b: products with a slice; its end, if the slice is the last one.
   template <int NB>
   INLINE void block(int64_t b, int64_t row, int64_t from, int64_t chunks, Packed* fresh, Products& p) {
     const uint8_t* quads = x.data + block_start(x.layout, a.cols, b) + 64 * NB * from;
-    int8_t* weights = slice.weights[0][0][0];
-    if (fresh)
-      for (int64_t c = 0; c < chunks; ++c) fresh->expand(weights + 2048 * c);
-    multiply_vectors<NB, 0>(weights, chunks, quads, from == 0, p, pending);
-    settle();
-    if constexpr (NB == 64) multiply_vectors<NB, 2>(weights, chunks, quads, from == 0, p, pending);
+    pass<NB, 0>(quads, chunks, from == 0, fresh, p);
+    if constexpr (NB == 64) pass<NB, 2>(quads, chunks, from == 0, nullptr, p);
     if (from + chunks < a.panels.chunks) return;
+    if (NB < 64) pending.store();
+    settle();
     const int64_t last = std::min(range.row_end, row + panel_rows);
     if constexpr (NB == 64) {
       waiting.emplace(a, x, out, b, row, last, p);
     } else {
-      pending.store();
       Ending<NB, E> ending(a, x, out, b, row, last, p);
       while (ending.left()) ending.step();
     }

@@ -22,36 +22,50 @@ INLINE __m512 load_floats(const Raw& x, int64_t at, int64_t left) {
 // The largest magnitudes of up to four tokens at once, as these are short chains. The maxima pass over NaN, which
 // comparisons find and remember in masks.
 template <Type T>
-inline void magnitudes(const Raw& x, int64_t token, int64_t count, float* out) {
-  constexpr int larger_magnitude = 0xb;
+class Largest {
+  const Raw& x;
   int64_t at[4];
   __m512 most[4][2];
   __mmask16 real[4];
-  for (int t = 0; t < 4; ++t) {
-    at[t] = (token + std::min<int64_t>(t, count - 1)) * x.stride;
-    most[t][0] = most[t][1] = _mm512_setzero_ps();
-    real[t] = 0xffff;
+
+ public:
+  INLINE Largest(const Raw& x, int64_t token, int64_t count) : x(x) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      at[t] = (token + std::min<int64_t>(t, std::max<int64_t>(0, count - 1))) * x.stride;
+      most[t][0] = most[t][1] = _mm512_setzero_ps();
+      real[t] = 0xffff;
+    }
   }
-  const auto add = [&](int t, __m512 a, __m512 b) __attribute__((always_inline)) {
-    most[t][0] = _mm512_range_ps(most[t][0], a, larger_magnitude);
-    most[t][1] = _mm512_range_ps(most[t][1], b, larger_magnitude);
-    real[t] = _mm512_mask_cmp_ps_mask(real[t], a, b, _CMP_ORD_Q);
-  };
-  int64_t k = 0;
-  for (; k + 32 <= x.channels; k += 32)
+
+  // 32 channels; Whole says that all exist.
+  template <bool Whole>
+  INLINE void add(int64_t k) {
+    constexpr int larger_magnitude = 0xb;
+    const int64_t left = x.channels - k;
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t)
-      add(t, load_floats<T, true>(x, at[t] + k, 16), load_floats<T, true>(x, at[t] + k + 16, 16));
-  if (const int64_t left = x.channels - k; left > 0)
-#pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t)
-      add(t, load_floats<T, false>(x, at[t] + k, left), load_floats<T, false>(x, at[t] + k + 16, left - 16));
-#pragma GCC unroll 4
-  for (int t = 0; t < 4; ++t) {
-    const float value = _mm512_reduce_max_ps(_mm512_max_ps(most[t][0], most[t][1]));
-    out[t] = real[t] == 0xffff && value < INFINITY ? value : std::nanf("");
+    for (int t = 0; t < 4; ++t) {
+      const __m512 a = load_floats<T, Whole>(x, at[t] + k, left), b = load_floats<T, Whole>(x, at[t] + k + 16, left - 16);
+      most[t][0] = _mm512_range_ps(most[t][0], a, larger_magnitude);
+      most[t][1] = _mm512_range_ps(most[t][1], b, larger_magnitude);
+      real[t] = _mm512_mask_cmp_ps_mask(real[t], a, b, _CMP_ORD_Q);
+    }
   }
-}
+
+  // From channel k on, a multiple of 32.
+  INLINE void rest(int64_t k) {
+    for (; k + 32 <= x.channels; k += 32) add<true>(k);
+    if (k < x.channels) add<false>(k);
+  }
+
+  INLINE void finish(float (&out)[4]) const {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const float value = _mm512_reduce_max_ps(_mm512_max_ps(most[t][0], most[t][1]));
+      out[t] = real[t] == 0xffff && value < INFINITY ? value : std::nanf("");
+    }
+  }
+};
 
 // See to_byte: the low byte of each dword. Within dynamic range nothing can leave 0 .. 255 but what has no finite
 // scale, and that is not used.
@@ -139,10 +153,11 @@ INLINE void arrange_q(uint8_t* chunk) {
 }
 
 // Four tokens, to `to` [whole chunks of 16 channels][64 bytes], `step` bytes apart, and `last`, the chunk after these.
+// The next four are looked at meanwhile, where there are `more`: they come from afar, and their loads need not wait for
+// the work on these.
 template <Type T, bool Dynamic>
-INLINE void quantise_four(const Raw& given, int64_t token, float inverse, int zero, uint8_t* to, int64_t step,
-                          uint8_t* last, float* scales) {
-  const Raw x = given;  // that bytes are stored through `to` says nothing about
+INLINE void quantise_four(const Raw& x, int64_t token, const float (&factors)[4], int zero, uint8_t* to, int64_t step,
+                          uint8_t* last, bool more, Largest<T>& next) {
   // Tokens past the last one are the last one again, as if all were there, times 0.
   const int64_t count = std::min<int64_t>(4, x.tokens - token);
   const __m512 base = set(rounder + static_cast<float>(zero));
@@ -152,28 +167,51 @@ INLINE void quantise_four(const Raw& given, int64_t token, float inverse, int ze
     return _mm512_storeu_si512(last, none);
   }
   int64_t at[4];
-  float most[4];
   __m512 inverses[4];
-  if (Dynamic) magnitudes<T>(x, token, count, most);
+#pragma GCC unroll 4
   for (int64_t t = 0; t < 4; ++t) {
     at[t] = (token + std::min(t, count - 1)) * x.stride;
-    float own = inverse;
-    if (Dynamic && t < count) scales[token + t] = scale_of(most[t], &own);
-    inverses[t] = set(t < count ? own : 0.0f);
+    inverses[t] = set(factors[t]);
   }
   int64_t k = 0;
-  for (; k + 16 <= x.channels; k += 16, to += step)
+  for (; k + 32 <= x.channels; k += 32, to += 2 * step) {
     _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base));
+    _mm512_storeu_si512(to + step, pack<T, Dynamic, true>(x, at, k + 16, inverses, base));
+    if (Dynamic && more) next.template add<true>(k);
+  }
+  if (Dynamic && more) next.rest(k);
+  if (k + 16 <= x.channels) {
+    _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base));
+    k += 16;
+  }
   if (k < x.channels) _mm512_storeu_si512(last, pack<T, Dynamic, false>(x, at, k, inverses, base));
 }
 
 // Four tokens at a time, so that the second look at them finds them in the first-level cache; then 16 channels.
 template <int NB, Type T, bool Dynamic>
-void quantise_block(const Raw& x, Layout layout, int64_t b, float inverse, int zero, uint8_t* out, float* scales) {
+void quantise_block(const Raw& given, Layout layout, int64_t b, float inverse, int zero, uint8_t* out, float* scales) {
+  const Raw x = given;  // that bytes are stored through `out` says nothing about
   const int64_t first = b * block_tokens, whole = x.channels / 16 * 16;
   alignas(64) uint8_t last[16 * NB];  // the channels after whole chunks
-  for (int64_t g = 0; g < NB / 4; ++g)
-    quantise_four<T, Dynamic>(x, first + 4 * g, inverse, zero, out + 64 * g, 16 * NB, last + 64 * g, scales);
+  const auto count = [&](int64_t token) { return std::clamp<int64_t>(x.tokens - token, 0, 4); };
+  float most[4] = {};
+  if (Dynamic) {
+    Largest<T> largest(x, first, count(first));
+    largest.rest(0);
+    largest.finish(most);
+  }
+  for (int64_t g = 0; g < NB / 4; ++g) {
+    const int64_t token = first + 4 * g, real = count(token), after = count(token + 4);
+    float factors[4] = {};
+    for (int64_t t = 0; t < real; ++t) {
+      factors[t] = inverse;
+      if (Dynamic) scales[token + t] = scale_of(most[t], &factors[t]);
+    }
+    const bool more = after > 0 && g + 1 < NB / 4;
+    Largest<T> next(x, more ? token + 4 : token, after);
+    quantise_four<T, Dynamic>(x, token, factors, zero, out + 64 * g, 16 * NB, last + 64 * g, more, next);
+    if (Dynamic && more) next.finish(most);
+  }
   const auto arrange = layout == Layout::q ? arrange_q<NB> : arrange_t<NB>;
   for (int64_t k = 0; k < whole; k += 16) arrange(out + k * NB);
   if (whole == x.channels) return;
@@ -185,8 +223,10 @@ void quantise_block(const Raw& x, Layout layout, int64_t b, float inverse, int z
 template <Type T, bool Dynamic>
 void quantise_token(const Raw& x, int64_t token, float inverse, int zero, uint8_t* out, float* scales) {
   if (Dynamic) {
+    Largest<T> largest(x, token, 1);
     float most[4];
-    magnitudes<T>(x, token, 1, most);
+    largest.rest(0);
+    largest.finish(most);
     scales[token] = scale_of(most[0], &inverse);
   }
   const __m512 factor = set(inverse), base = set(rounder + static_cast<float>(zero));
