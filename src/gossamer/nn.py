@@ -52,7 +52,8 @@ class SparseLinear(nn.Module):
         self._calls: Calls | None = None
         self._stack: Stack | None = None
         self._place = 0
-        self._watched: list[tuple[Tensor, int]] = []
+        self.watched: tuple[Tensor, Tensor] | None = None
+        self.seen = 0
         self._number = ops.number(self)
         self._address = ops.to_address(self._number, self.out_features)
         self._names = tuple(formats.layout(spec))
@@ -143,10 +144,13 @@ class SparseLinear(nn.Module):
 
     def _settle(self) -> None:
         """The choices are made: take note of what they were made for, and tell compiled graphs."""
-        held = [] if self._released or (not self.prepared and self._stack is None) else self.parts()
-        if self._stack is not None and self.bias is not None:
-            held.append(self.bias)
-        self._watched = [(t, t._version) for t in held if not t.is_inference()]
+        held = [] if self._released or not (self.prepared or self._stack) else self.parts()
+        watched = [t for t in held if t.is_floating_point() and not t.is_inference()]
+        if self._stack is not None and self.bias is not None and not self.bias.is_inference():
+            watched.append(self.bias)
+        # Two at most, and one number: this is asked before every product.
+        self.watched = (watched[0], watched[-1]) if watched else None
+        self.seen = watched[0]._version + watched[-1]._version if watched else 0
         shared = None if self._stack is None else self._stack.shared(self._place)
         self._address = ops.to_address(self._number, self.out_features, shared)
 
@@ -189,11 +193,12 @@ class SparseLinear(nn.Module):
 
     @property
     def edited(self) -> bool:
-        """Has a stored tensor, or the bias of a stack, changed since the choices were made?
+        """Have stored values, or the bias of a stack, changed since the choices were made?
 
         Changes through `.data` leave no trace: call `unprepare` before these.
         """
-        return any([t._version != version for t, version in self._watched])  # a generator takes twice as long
+        watched = self.watched
+        return watched is not None and watched[0]._version + watched[1]._version != self.seen
 
     def start_over(self) -> None:
         """Run as what is stored now says."""
@@ -201,10 +206,11 @@ class SparseLinear(nn.Module):
         self.unprepare()
 
     def forward(self, x: Tensor) -> Tensor:
-        if ops.compiled(x):
-            return torch.ops.gossamer.part(x, self._address)
-        if self._watched and not ops.is_compiling() and self.edited:
-            self.start_over()
+        if ops.is_compiling():
+            if ops.inference(x):
+                return torch.ops.gossamer.part(x, self._address)
+        elif (watched := self.watched) is not None and watched[0]._version + watched[1]._version != self.seen:
+            self.start_over()  # as `edited` says, without the time of a call
         if (stack := self._stack) is not None and stack.takes(x):
             return stack.part(self._place, x)
         if ops.plain(x):
@@ -213,7 +219,7 @@ class SparseLinear(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """The product without gradient, by the layer itself."""
-        if self._watched and self.edited:
+        if self.edited:
             self.start_over()
         return self._run(x)
 
@@ -254,7 +260,7 @@ class SparseLinear(nn.Module):
         if old is not None or (name == "bias" and held.get("_stack") is not None):
             if self.prepared or self._stack is not None:
                 self.unprepare()  # what was packed belongs to the old tensors
-            if name.startswith("right_") and not old.is_inference():
+            if old is not None and name.startswith("right_") and not old.is_inference():
                 increment_version(old)  # for those that borrow it
             self._calls = None
         super().__setattr__(name, value)
@@ -262,7 +268,7 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         if self.edited:
             self.start_over()
-        return self.__dict__ | {"_calls": None, "_watched": []}
+        return self.__dict__ | {"_calls": None, "watched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

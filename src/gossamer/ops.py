@@ -102,9 +102,9 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 _transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
 
 
-def compiled(x: Tensor) -> bool:
-    """Is this a compiler at work on inference on the CPU, for this process (not an export, which others are to run)?"""
-    return is_compiling() and not _exporting() and not torch.is_grad_enabled() and x.device.type == "cpu"
+def inference(x: Tensor) -> bool:
+    """Does the compiler work on inference on the CPU, for this process (no export, which others are to run)?"""
+    return not _exporting() and not torch.is_grad_enabled() and x.device.type == "cpu"
 
 
 def plain(x: Tensor) -> bool:

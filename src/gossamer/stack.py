@@ -26,10 +26,10 @@ MOST_TOKENS = {"cpu": 16, "cuda": 64}  # beyond, a call costs little beside its 
 
 
 class Member(Protocol):
-    """A layer of a stack."""
+    """A layer of a stack; what it watches has changed when the versions of both no longer add up to what was `seen`."""
 
-    @property
-    def edited(self) -> bool: ...
+    watched: tuple[Tensor, Tensor] | None
+    seen: int
 
     def run(self, x: Tensor) -> Tensor: ...
 
@@ -59,9 +59,11 @@ class Stack:
         self._bound: dispatch.Bound | None = None
         self._number = ops.number(self)
         self.members: dict[int, weakref.ref[Member]] = {}  # by place
+        self._watched: list[Tensor] = []
+        self._seen = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"held": None, "_bound": None, "members": {}}
+        return self.__dict__ | {"held": None, "_bound": None, "members": {}, "_watched": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -96,17 +98,25 @@ class Stack:
 
     def run(self, x: Tensor) -> Tensor:
         """The whole product, without gradient."""
-        for held in self.members.values():
-            if (layer := held()) is not None and layer.edited:
-                return self._apart(x)
         if x.shape[-1] == self._width:
-            if self._bound is None:
-                self._bound = dispatch.route(self.layout).bind(self.operands, self.bias)
+            bound = self._bound or self._bind()
+            versions = 0
+            for t in self._watched:
+                versions += t._version
+            if versions != self._seen:
+                return self._apart(x)
             size = x.numel()
-            for most, call in self._bound:
+            for most, call in bound:
                 if size <= most:
                     return call(x)
         return dispatch.route(self.layout).linear(x, self.operands, self.bias)
+
+    def _bind(self) -> dispatch.Bound:
+        layers = [layer for held in self.members.values() if (layer := held()) is not None]
+        self._watched = [t for layer in layers for t in layer.watched or ()]
+        self._seen = sum(layer.seen for layer in layers)
+        self._bound = dispatch.route(self.layout).bind(self.operands, self.bias)
+        return self._bound
 
     def _apart(self, x: Tensor) -> Tensor:
         """The product, by each layer for itself; zeros for those that are gone, for which nobody asks."""
