@@ -208,6 +208,9 @@ def test_a_plain_module_needs_its_skeleton(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "net")
     with pytest.raises(CheckpointError, match=r"layer 'first' is .* and not there in the model"):
         checkpoint.load(tmp_path / "net", model=nn.Sequential(nn.Linear(16, 24)))
+    edit_weights(tmp_path / "net", lambda t: t.pop("second.weight"))
+    with pytest.raises(CheckpointError, match=r"does not fit the model .*second\.weight.*; fix: give a skeleton"):
+        checkpoint.load(tmp_path / "net", model=Net())
 
 
 # ------------------------------------------------------------------ densify and export
@@ -466,6 +469,51 @@ def test_nan_and_inf(saved: Path, bad: float) -> None:
 def test_a_missing_tensor(saved: Path) -> None:
     edit_weights(saved, lambda t: t.pop(f"{LAYER}.weight"))
     refused(saved, f"layer '{LAYER}': tensor 'weight' is in no shard")
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def test_a_missing_dense_tensor_is_not_filled_with_its_initial_value(saved: Path) -> None:
+    edit_weights(saved, lambda t: [t.pop(NORM), t.pop("model.norm.weight")])
+    refused(saved, rf"lacks {NORM}, model\.norm\.weight; fix")
+
+
+def test_a_dense_tensor_of_a_wrong_shape(saved: Path) -> None:
+    edit_weights(saved, lambda t: t.update({NORM: torch.ones(7)}))
+    refused(saved, rf"'{NORM}' is \[7\] in the shards of .*, config.json implies \[32\]; fix")
+
+
+def test_a_sparse_layer_that_the_config_forgets(saved: Path) -> None:
+    edit_config(saved, lambda c: c["layers"].pop(LAYER))
+    refused(saved, rf"'{LAYER}\.weight' is \[.*\] in the shards of .*, config.json implies \[48, 32\]; fix")
+
+
+def test_who_asks_for_another_shape_gets_it(tmp_path: Path) -> None:
+    """A new classification head, as transformers spells it."""
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    found = transformers.BertForSequenceClassification(config).eval()
+    layer = "bert.encoder.layer.0.intermediate.dense"
+    old = found.get_submodule(layer)
+    weight = old.weight.detach() * patterns.nm(old.weight.detach().abs())
+    found.set_submodule(layer, SparseLinear.from_format(formats.registry["bitmask"].encode(weight), old.bias))
+    checkpoint.save(found, tmp_path / "two")
+    edit_config(tmp_path / "two", lambda c: c.pop("canary"))
+    with pytest.raises(CheckpointError, match=r"'classifier\.bias' is \[2\] in"):
+        checkpoint.load(tmp_path / "two", num_labels=3)
+    again = checkpoint.load(tmp_path / "two", num_labels=3, ignore_mismatched_sizes=True)
+    assert again.classifier.weight.shape == (3, 32)
+
+
+def test_a_header_that_contradicts_itself(saved: Path) -> None:
+    """Only safetensors itself would see it, in an error of its own kind."""
+    path = saved / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"shape":[32]', b'"shape":[31]', 1))
+    assert path.read_bytes() != data
+    refused(saved, "damaged header .*; fix")
 
 
 def test_an_architecture_that_is_not_a_model(saved: Path) -> None:

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from typer.testing import CliRunner
 
@@ -190,12 +192,21 @@ MISTAKES = {
     "a damaged config": (["eval", "{tmp}/damaged"], "damaged.config.json.*fix"),
     "a pickle": (["eval", "{tmp}/pickle"], "is a pickle, .* refused; fix"),
     "export of a dense model": (["export", "{model}", "{tmp}/x"], "no Gossamer checkpoint.*fix"),
+    "no samples": (["compress", "{model}", "-o", "{tmp}/x", "--samples", "0"], "--samples 0 .*fix: at least 1"),
+    "short windows": (["compress", "{model}", "-o", "{tmp}/x", "--length", "1"], "--length 1 .*fix: at least 2"),
+    "all layers dense": (["compress", "{model}", "-o", "{tmp}/x", "--rule", "*=dense"], "every layer dense; fix"),
+    "an export over something": (["export", "{model}", "{tmp}/damaged"], "not empty; fix: .* --overwrite"),
+    "windows too long": (["eval", "{model}", "--window", "9999"], "fix: a window of 2048 or less"),
+    "a plan to nowhere": (["plan", "{model}", "--json", "{tmp}/no/x.json"], "no folder [^ ]*/no to write x.json.*fix"),
+    "a plan over a folder": (["plan", "{model}", "--json", "{tmp}/damaged"], "damaged cannot be written .*fix"),
+    "perplexity of an encoder": (["eval", "{bert}", "--window", "16"], "BertModel predicts no tokens; fix"),
+    "decoding of an encoder": (["bench", "{bert}"], "BertModel predicts no tokens; fix: .*--target cpu"),
     "an empty prompt": (["generate", "{model}", "--prompt", ""], "prompt is empty; fix"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_that_names_the_fix(mistake, tiny_folder, tmp_path):
+def test_a_mistake_is_one_line_that_names_the_fix(mistake, tiny_folder, bert_folder, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x9f")
     (tmp_path / "damaged").mkdir()
@@ -204,7 +215,7 @@ def test_a_mistake_is_one_line_that_names_the_fix(mistake, tiny_folder, tmp_path
     (tmp_path / "pickle" / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"\x80")
     args, pattern = MISTAKES[mistake]
-    line = failed(*(a.format(tmp=tmp_path, model=tiny_folder) for a in args))
+    line = failed(*(a.format(tmp=tmp_path, model=tiny_folder, bert=bert_folder) for a in args))
     assert re.search(pattern, line), line
     assert not (tmp_path / "x").exists()
 
@@ -258,3 +269,39 @@ def test_code_that_a_model_brings_is_not_run(tiny_folder, tmp_path):
         result = CliRunner().invoke(app, [str(a) for a in args], input="y\ny\ny\n", env={"COLUMNS": "160"})
         assert result.exit_code == 2 and "code of its own, which is not run; fix" in result.stderr, result.output
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def matrix(tmp_path):
+    file = tmp_path / "docs.npz"
+    sp.save_npz(file, sp.eye(3, 8, format="csr", dtype="float32"))
+    return file
+
+
+@pytest.mark.parametrize("name", ["text.npz", "empty.npz", "array.npy", "cut.npz"])
+def test_files_that_hold_no_embeddings(name, matrix, tmp_path):
+    (tmp_path / "text.npz").write_text("no matrix")
+    (tmp_path / "empty.npz").touch()
+    np.save(tmp_path / "array.npy", np.arange(3))
+    (tmp_path / "cut.npz").write_bytes(matrix.read_bytes()[:-30])
+    line = failed("index", "build", tmp_path / name, tmp_path / "x.gsx")
+    assert f"{name} is no .npz file, or a damaged one: write it by scipy.sparse.save_npz" in line
+    line = failed("index", "build", matrix, tmp_path / "x.gsx", "--ids", matrix)
+    assert "docs.npz is no .npy file, or a damaged one: write it by numpy.save" in line
+    assert not (tmp_path / "x.gsx").exists()
+
+
+def test_an_index_is_built_searched_and_never_named_by_its_hidden_file(matrix, tmp_path):
+    index = tmp_path / "docs.gsx"
+    assert run("index", "build", matrix, index).exit_code == 0
+    assert run("index", "search", index, matrix, "-k", 1).stdout.splitlines()[2] == "2\t2:1"
+    assert re.search("no folder .*/no to write x.gsx to; fix", failed("index", "build", matrix, tmp_path / "no/x.gsx"))
+    (tmp_path / "folder").mkdir()
+    line = failed("index", "build", matrix, tmp_path / "folder", "--overwrite")
+    assert "/folder cannot be written" in line and ".writing" not in line and "; fix" in line
+
+
+def test_an_export_replaces_what_it_is_told_to(compressed, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert run("export", compressed, tmp_path, "--overwrite").exit_code == 0
+    assert "architectures" in json.loads((tmp_path / "config.json").read_text())

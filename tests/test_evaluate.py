@@ -113,8 +113,18 @@ def test_tokens_per_second_decodes_greedily_with_a_cache(model):
     assert speed.spread >= 0
 
 
+def test_a_model_that_predicts_no_tokens(bert):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=61, **sizes))
+    for found in (bert, classifier):
+        with pytest.raises(ValueError, match="predicts no tokens; fix: .* --target cpu"):
+            evaluate.perplexity(found, torch.arange(32), window=16)
+        with pytest.raises(ValueError, match="predicts no tokens; fix"):
+            evaluate.tokens_per_second(found, list(range(8)), new_tokens=1, repeats=1)
+
+
 def test_windows_longer_than_the_model_reads():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    with pytest.raises(ValueError, match="reads at most 16; fix: window=16 or less"):
+    with pytest.raises(ValueError, match="reads at most 16; fix: a window of 16 or less"):
         evaluate.perplexity(transformers.GPT2LMHeadModel(config), torch.zeros(64, dtype=torch.long), window=32)

@@ -389,3 +389,20 @@ def test_lora_trains_on_a_sparse_base() -> None:
     assert all(
         torch.equal(p, base[n.replace("base_layer.", "")]) for n, p in model.named_parameters() if "lora" not in n
     )
+
+
+def test_an_adapter_comes_back_and_is_merged_into_dense_layers(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from gossamer.hub.peft import lora
+
+    model = sparsify(llama())
+    config = lora(peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    tuned.save_pretrained(tmp_path)
+    config = lora(peft.LoraConfig.from_pretrained(tmp_path))
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, config=config).eval()
+    assert torch.equal(again(IDS).logits, tuned(IDS).logits)
+    with pytest.raises(ValueError, match=r"cannot be merged into a sparse weight; fix: .*densify"):
+        again.merge_and_unload()
+    dense = peft.PeftModel.from_pretrained(checkpoint.densify(model), tmp_path).merge_and_unload()
+    torch.testing.assert_close(dense(IDS).logits, tuned(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,9 @@
 """The inverted index against brute force, to the bit, on every instruction set of this CPU."""
 
+import copy
 import errno
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -798,3 +800,20 @@ def test_stub_names_what_the_core_has() -> None:
     lines = [line for line in stub.read_text().splitlines() if line.startswith(("def ", "class ", "MAX_DOCS"))]
     declared = {line.split("(")[0].split(":")[0].removeprefix("def ").removeprefix("class ") for line in lines}
     assert declared == {name for name in dir(require()) if not name.startswith("_")}
+
+
+def test_an_index_is_not_pickled_or_copied() -> None:
+    index = SparseIndex(8)
+    for way in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"save\(path\) it, and SparseIndex\.open"):
+            way(index)
+
+
+def test_more_results_than_could_be_asked_for() -> None:
+    index = SparseIndex.build(sp.eye(3, 8, format="csr", dtype=np.float32))
+    queries = sp.eye(1, 8, format="csr", dtype=np.float32)
+    for k in (0, 10**9):
+        with pytest.raises(ValueError, match=f"k is {k} of 3 documents: .* at most 65536"):
+            index.search(queries, k)
+    padded = index.search(queries, 5)
+    assert padded.ids.shape == (1, 5) and padded.ids[0, 3:].tolist() == [-1, -1]

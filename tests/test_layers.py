@@ -57,6 +57,22 @@ def test_groups_are_the_layers_that_read_one_tensor(name, device):
         assert block.groups == tuple(tuple(f"{block.name}.{n}" for n in group) for group in groups)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_experts_stay_dense_and_are_told(dtype, caplog):
+    """On the meta device, where their default product is known for some shapes in bfloat16 only."""
+    sizes = TINY | {"intermediate_size": 36, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **sizes)).to(dtype)
+    before = model.get_experts_implementation()
+    layers._warn_once.cache_clear()
+    blocks = layers.find(model)
+    layers.find(model)
+    assert [len(group) for group in blocks[0].groups] == [3, 1]
+    assert model.get_experts_implementation() == before
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 1 and "3-d tensors such as 0.mlp.experts.gate_up_proj" in told[0]
+
+
 def test_weight_of_conv1d_is_out_by_in():
     conv = make("gpt2").transformer.h[0].attn.c_attn
     x = torch.randn(5, 32)

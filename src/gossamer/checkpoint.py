@@ -68,9 +68,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, **kwargs: Any) -
     described = read(folder)
     if (folder / MODULE).is_file():
         return _load_module(folder, model, described)
-    loaded = _model_class(folder).from_pretrained(
-        folder, trust_remote_code=False, use_safetensors=True, local_files_only=True, **kwargs
-    )
+    loaded = _from_pretrained(folder, kwargs)
     if remembered := loaded.config.quantization_config.canary:
         try:
             canary.check(loaded, remembered)
@@ -208,9 +206,33 @@ def _load_module(folder: Path, model: nn.Module | None, described: dict[str, dic
         raise CheckpointError(f"{folder} holds a plain module; fix: gossamer.load(folder, model=skeleton)")
     check_skeleton(model, described)
     swap(model, described)
-    load_model(model, str(folder / shards.SINGLE))
+    try:
+        load_model(model, str(folder / shards.SINGLE))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{folder} does not fit the model ({' '.join(str(error).split())}); "
+            "fix: give a skeleton of the model that was saved, or copy the folder again"
+        ) from None
     check(model)
     return model
+
+
+def _from_pretrained(folder: Path, kwargs: Mapping[str, Any]) -> Any:
+    """The model; CheckpointError where transformers would fill a tensor with its initial value."""
+    safe = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    # Tensors of a wrong shape are told apart below, where the fix can be named.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, info = _model_class(folder).from_pretrained(folder, **{**kwargs, **safe, **told})
+    if info["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
+        name, stored, expected = min(info["mismatched_keys"])
+        raise CheckpointError(
+            f"tensor '{name}' is {list(stored)} in the shards of {folder}, config.json implies {list(expected)}; "
+            "fix: copy the config and the weights again, of one model"
+        )
+    if missing := sorted(info["missing_keys"]):
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CheckpointError(f"{folder} lacks {named}; fix: copy the folder again, completely, or save it again")
+    return loaded
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def perplexity(
 
     `ids` [T] are cut into `windows` (default: as many as fit) of `window` tokens; nothing is put in front of them. The
     model runs on its own device in its own dtype, log-softmax is float32.
-    ValueError for too few tokens, for ids outside the vocabulary and for logits that are NaN or Inf.
+    ValueError for too few tokens, for ids outside the vocabulary, for logits that are NaN or Inf, and for a model
+    without logits.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).flatten()
     windows = _count(len(ids), window, windows)
@@ -60,7 +61,7 @@ def perplexity(
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(longest, int) and window > longest:
         raise ValueError(
-            f"windows have {window} tokens, the model reads at most {longest}; fix: window={longest} or less"
+            f"windows have {window} tokens, the model reads at most {longest}; fix: a window of {longest} or less"
         )
     total, device, training = 0.0, next(model.parameters()).device, model.training
     model.eval()
@@ -100,7 +101,7 @@ def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
 @torch.inference_mode()
 def _nll(model: nn.Module, ids: Tensor, where: str) -> float:
     """Summed negative log-likelihood of ids[1:]."""
-    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    logits = _logits(model, model(input_ids=ids[None], use_cache=False))[0]
     total = sum(
         float(nn.functional.cross_entropy(rows.float(), targets, reduction="sum"))
         for rows, targets in zip(logits[:-1].split(_ROWS), ids[1:].split(_ROWS), strict=True)
@@ -113,8 +114,22 @@ def _nll(model: nn.Module, ids: Tensor, where: str) -> float:
     return total
 
 
+def _logits(model: nn.Module, out: Any) -> Tensor:
+    """[batch, T, vocabulary]; ValueError for a model that predicts no tokens, such as an encoder or a classifier."""
+    logits = getattr(out, "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise ValueError(
+            f"{type(model).__name__} predicts no tokens; fix: give a language model (an encoder is timed by "
+            "`gossamer bench FOLDER --target cpu`)"
+        )
+    return logits
+
+
 def tokens_per_second(model: nn.Module, ids: Tensor | Sequence[int], new_tokens: int = 32, repeats: int = 3) -> Speed:
-    """Greedy decoding after the prompt `ids`, batch 1, with a KV cache; one warm-up run, the prefill is not counted."""
+    """Greedy decoding after the prompt `ids`, batch 1, with a KV cache; one warm-up run, the prefill is not counted.
+
+    ValueError for a model without logits.
+    """
     device = next(model.parameters()).device
     prompt = torch.as_tensor(ids, dtype=torch.long).flatten().to(device)[None]
     rates = [new_tokens / _decode_seconds(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
@@ -128,7 +143,7 @@ def _decode_seconds(model: nn.Module, prompt: Tensor, new_tokens: int) -> float:
     out = model(input_ids=prompt, use_cache=True)
     start = _now(prompt.device)
     for _ in range(new_tokens):
-        token = out.logits[:, -1:].argmax(-1)
+        token = _logits(model, out)[:, -1:].argmax(-1)
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
     return _now(prompt.device) - start
 

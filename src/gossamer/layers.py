@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def find(model: nn.Module) -> list[Block]:
     linears = [{n: m for n, m in block.items() if is_linear(m)} for block in names]
     if not any(linears):
         raise LayerError(f"{type(model).__name__}: no linear layers in {prefix}; fix: pass a dense transformer model")
+    _tell_stacked(model, model.get_submodule(prefix))  # type: ignore[arg-type]
     inputs = _trace(model, {n: m for block in linears for n, m in block.items()})
     return [Block(f"{prefix}.{i}", _by_input(block, inputs)) for i, block in enumerate(linears)]
 
@@ -121,7 +123,7 @@ def _trace(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, Tensor]
     hooks = [m.register_forward_pre_hook(_remember(inputs, n), with_kwargs=True) for n, m in linears.items()]
     device = next(model.parameters()).device
     try:
-        with quiet(model), _fake() if device.type == "meta" else nullcontext():
+        with quiet(model), _fake(model) if device.type == "meta" else nullcontext():
             model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=device))
     except Exception as e:
         raise LayerError(
@@ -141,11 +143,39 @@ def _remember(inputs: dict[str, Tensor], name: str) -> Any:
     return hook
 
 
-def _fake() -> Any:
+@contextmanager
+def _fake(model: Any) -> Iterator[None]:
     # Plain meta tensors fail where a model looks at a value (mask creation does); fake ones know such cases.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    noise = logging.getLogger("torch._subclasses.fake_tensor")  # tracebacks of failures that are raised as well
+    experts = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else None
+    before, noise.disabled = noise.disabled, True
+    try:
+        if experts:
+            # The default, grouped_mm, is faked for bfloat16 only, and eager experts look at values.
+            model.set_experts_implementation("batched_mm")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        noise.disabled = before
+        if experts:
+            model.set_experts_implementation(experts)
+
+
+def _tell_stacked(model: nn.Module, blocks: nn.ModuleList) -> None:
+    sizes = {n: p.numel() for n, p in blocks.named_parameters() if p.ndim == 3 and min(p.shape) > 1}
+    if sizes:
+        share = sum(sizes.values()) / sum(p.numel() for p in blocks.parameters())
+        _warn_once(
+            f"{type(model).__name__}: {share:.0%} of the blocks' parameters lie in {len(sizes)} 3-d tensors such as "
+            f"{next(iter(sizes))} (stacked experts), which no method compresses: they stay dense"
+        )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def _by_input(names: Iterable[str], inputs: dict[str, Tensor]) -> tuple[tuple[str, ...], ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from . import formats
 from .formats.product import RIGHT
@@ -79,7 +80,11 @@ def header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"shard {path} has a damaged header ({error}); fix: copy it again") from None
     if size != 8 + length + end:
         raise CheckpointError(f"shard {path} has {size} bytes, its header says {8 + length + end}; fix: copy it again")
-    return found
+    try:
+        with safe_open(path, "pt"):  # which reads no weight, but compares every shape with its place in the file
+            return found
+    except SafetensorError as error:
+        raise CheckpointError(f"shard {path} has a damaged header ({error}); fix: copy it again") from None
 
 
 def tensors(folder: Path) -> dict[str, Entry]:
@@ -93,7 +98,9 @@ def tensors(folder: Path) -> dict[str, Entry]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; fix: copy it again")
     for file in sorted(set(where.values())):
         if os.path.basename(file) != file or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{folder / INDEX} points to '{file}', not to a .safetensors file in its own folder")
+            raise CheckpointError(
+                f"{folder / INDEX} points to '{file}', not to a .safetensors file in its own folder; fix: copy it again"
+            )
     found = {n: e for file in sorted(set(where.values())) for n, e in header(folder / file).items()}
     if lost := sorted(set(where) - set(found)):
         raise CheckpointError(f"{folder / where[lost[0]]} lacks tensor '{lost[0]}' of the index; fix: copy it again")

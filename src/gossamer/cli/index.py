@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from ..show import bars, console, size
+from .writing import writing
 
 if TYPE_CHECKING:
     from ..retrieval.index import Hits
@@ -37,23 +38,21 @@ def build(
     threads: Threads = 0,
 ) -> None:
     """Index documents into one file."""
-    import numpy as np
-
-    from ..retrieval.files import read_rows
+    from ..retrieval.files import read_ids, read_rows
     from ..retrieval.index import SparseIndex
 
     if index.exists() and not overwrite:
         raise FileExistsError(f"{index} exists already: pass --overwrite to replace it")
     rows = read_rows(docs)
-    own = None if ids is None else np.load(ids, allow_pickle=False)
-    with bars() as progress:
+    own = None if ids is None else read_ids(ids)
+    with writing(index), bars() as progress:
         bar = progress.add_task("documents", total=len(rows))
         built = SparseIndex.build(
             rows, ids=own, values=exact, threads=threads, progress=lambda n: progress.update(bar, completed=n)
         )
-    if group and exact:
-        built.group(recall=0.99, threads=threads)
-    built.save(index, overwrite=overwrite, threads=threads)
+        if group and exact:
+            built.group(recall=0.99, threads=threads)
+        built.save(index, overwrite=overwrite, threads=threads)
     console.print(f"{len(built):,} documents, {size(index.stat().st_size)} in {index}", highlight=False)
 
 
@@ -76,7 +75,8 @@ def search(
     if out is None:
         _print_hits(hits)
     else:
-        np.savez(out, scores=hits.scores, ids=hits.ids)
+        with writing(out):
+            np.savez(out, scores=hits.scores, ids=hits.ids)
 
 
 def _print_hits(hits: Hits) -> None:

@@ -12,10 +12,11 @@ import typer
 
 from ..show import choice_table, console, duration, follow, plan_table, size
 from . import app
+from .writing import writing
 
 if TYPE_CHECKING:
     from ..compress import Report
-    from ..plan import Rule
+    from ..plan import Plan, Rule
 
 Method = Annotated[str, typer.Option(help="auto, or one of gossamer.methods; auto measures and says why.")]
 Ratio = Annotated[float, typer.Option(help="Compression ratio: 0.3 stores 30 % fewer bytes, masks counted.")]
@@ -53,7 +54,8 @@ def plan(
     _check_target(ctx, target)
     made = _plan(_skeleton_or_model(model), method, ratio, rule, knob, codes, target, sparsity)
     if out:
-        made.save(out)
+        with writing(out):
+            made.save(out)
     console.print(plan_table(made))
     seconds = made.seconds(SAMPLES * 1024)
     time = f", time on this CPU about {duration(seconds)} with {SAMPLES} x 1,024 tokens" if seconds else ""
@@ -90,6 +92,7 @@ def compress(
     _check_out(out)
     _check_plan_alone(ctx, plan_file)
     _check_target(ctx, target)
+    _check_windows(samples, length)
     if target and distill:
         _distill(model, out, read_text(distill), sparsity, steps, work, device, fresh)
         return
@@ -101,17 +104,21 @@ def compress(
     from ..plan import Plan
 
     check_device(device)
-    made = Plan.load(plan_file) if plan_file else None
-    if made is None and (headers := _headers_only(model)):
-        # What cannot work fails before the weights are read.
-        _plan(headers, method, ratio, rule, knob, codes, target, sparsity)
+
+    def planned(source: Any) -> Plan:
+        if plan_file:
+            return _checked(Plan.load(plan_file))
+        return _checked(_plan(source, method, ratio, rule, knob, codes, target, sparsity))
+
+    if plan_file or _headers_only(model):
+        planned(_headers_only(model))  # what cannot work fails before the weights are read
     live, tokenizer = open_model(model, dtype)
-    made = made or _plan(live, method, ratio, rule, knob, codes, target, sparsity)
+    made = planned(live)
     length = min(length, READS) if target else length
     console.print(plan_table(made))
     out = out.resolve()
     place = work or out.with_name(out.name + ".work")
-    count = samples or (BUILTIN_SAMPLES if calibration == BUILTIN else SAMPLES)
+    count = samples if samples is not None else BUILTIN_SAMPLES if calibration == BUILTIN else SAMPLES
     how = {"samples": count, "length": length, "sequential": sequential, "device": device, "fresh": fresh}
     reports: list[Report] = []  # printed after the bars, which take over the terminal
     try:
@@ -240,6 +247,19 @@ def _check_plan_alone(ctx: typer.Context, plan_file: Path | None) -> None:
     options = {a.partition("=")[0] for a in ctx.obj}
     if plan_file and (given := options & {"--method", "--ratio", "--rule", "--knob", "--codes"}):
         raise ValueError(f"{min(given)} beside --plan, which says it already; fix: give it to `gossamer plan`")
+
+
+def _check_windows(samples: int | None, length: int) -> None:
+    if samples is not None and samples < 1:
+        raise ValueError(f"--samples {samples} leaves nothing to calibrate on; fix: at least 1, or leave it out")
+    if length < 2:
+        raise ValueError(f"--length {length} leaves no token to look back at; fix: at least 2, better 1,024")
+
+
+def _checked(made: Plan) -> Plan:
+    if all(l.method == "dense" for l in made.layers):
+        raise ValueError("the plan leaves every layer dense; fix: rules that leave a layer to a method")
+    return made
 
 
 def _check_target(ctx: typer.Context, target: str | None) -> None:

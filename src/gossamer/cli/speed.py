@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -64,8 +66,8 @@ def bench(
     from ..hub.source import open_model
 
     live, _ = open_model(model, dtype, device)
-    with console.status("") as status:
-        found = measure(live, tokens, repeats=repeats, progress=lambda what: status.update(what))
+    with _told() as tell:
+        found = measure(live, tokens, repeats=repeats, progress=tell)
     table = columns("way", "tokens/s", "spread", "weights")
     for rate in found.rates:
         speed = f"{rate.tokens_per_second:.1f}"
@@ -75,14 +77,24 @@ def bench(
     console.print(str(found.explanation), markup=False, highlight=False)
 
 
+@contextmanager
+def _told() -> Iterator[Callable[[str], None]]:
+    """Takes what is being measured: shown in place on a terminal, else as a line each on stderr."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+    else:
+        yield lambda what: typer.echo(what, err=True)
+
+
 def _serving(folder: str, tokens: int, limit: float | None, target: str) -> None:
     from ..encoder.serving import WAYS, tune
 
     if target != "cpu":
         raise ValueError(f"there is no target '{target}'; fix: --target cpu")
-    with TemporaryDirectory() as room, console.status("") as status:
+    with TemporaryDirectory() as room, _told() as tell:
         encoder = _encoder(folder, Path(room) / "encoder")
-        found = tune(encoder, tokens, limit, progress=lambda what: status.update(what))
+        found = tune(encoder, tokens, limit, progress=tell)
     table = columns("way", "instances x cores", "batch", "sentences/s", "p50 ms", "p99 ms")
     for way in WAYS:
         if best := found.best(way):

@@ -74,11 +74,14 @@ def _print_tasks(results: dict[str, dict[str, float]]) -> None:
 def export(
     folder: Annotated[Path, typer.Argument(help="Gossamer folder.")],
     out: Annotated[Path, typer.Argument(help="Folder for the dense model.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model in a folder that has one.")] = False,
 ) -> None:
     """Write a plain dense checkpoint that loads anywhere, without Gossamer."""
     from ..checkpoint import export as write
 
-    write(folder, out)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} exists and is not empty; fix: choose another folder, or pass --overwrite")
+    write(folder, out, overwrite=overwrite)
     console.print(f"Dense checkpoint written to {out}.")
 
 

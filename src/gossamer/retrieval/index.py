@@ -22,6 +22,7 @@ from .persistence import Origin, Stored
 from .rows import Rows, Tidy, as_filter, as_ids, as_rows
 from .tuning import MARGIN, Setting, calibrate, pick
 
+MOST_RESULTS = 1 << 16  # of a query, where there are no more documents: what exceeds those is padding
 MOST_VALUES = 1 << 30  # of a part, whose places have 31 bits
 QUERIES_AT_ONCE = 2048
 CLEARLY = 0.8  # share of the time that grouping must bring a search down to
@@ -184,18 +185,19 @@ class SparseIndex:
         threads: int = 0,
         setting: Setting | None = None,
     ) -> Hits:
-        """The k best documents of each query.
+        """The k best documents of each query. k: up to the number of documents, or 65,536 where there are fewer.
 
         recall: None is exact; 0.99 finds 99 % of the true k best on average, calibrated once on the documents
         themselves unless `calibrate` was given queries. filter: ids to choose from, or a boolean vector indexed by id.
         threads: 0 is as many as this process may run at once. setting: of the approximate search, by hand.
         """
-        if k < 1:
-            raise ValueError(f"k is {k}: ask for at least one result")
+        most = max(len(self), MOST_RESULTS)
+        if not 1 <= k <= most:
+            raise ValueError(f"k is {k} of {len(self)} documents: ask for at least one result and at most {most}")
         rows = as_rows(queries, self.dim)
         parts = self._parts
         if recall is None and setting is None and not self.values:
-            raise ValueError("this index keeps no exact values: pass recall=, or build it with values=True")
+            raise ValueError("this index keeps no exact values: ask for a recall (0.99), or build it with values")
         if setting is None:
             setting = self._exact(k) if recall is None else self._setting(recall, k)
         found = min(k, sum(p.living for p in parts))
@@ -251,6 +253,9 @@ class SparseIndex:
 
     def __len__(self) -> int:
         return sum(p.living for p in self._parts)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a SparseIndex is not pickled or copied: save(path) it, and SparseIndex.open(path) elsewhere")
 
     def __repr__(self) -> str:
         return f"SparseIndex({len(self)} documents, {self.dim} dimensions{'' if self.values else ', no exact values'})"
