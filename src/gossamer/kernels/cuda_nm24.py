@@ -7,7 +7,7 @@ all. See docs/kernels/nm24.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,13 +18,12 @@ from ..driver import STATIC_SHARED
 from ..formats import Format
 from ..formats.nm24 import NM
 from . import Case, Kernel, KernelError, Packed
-from ._cuda_operands import DTYPES, bias_of, dtype_of, rows_of
+from ._cuda_operands import DTYPES, bias_of, by_shape, dtype_of, rows_of
 from ._nm24_cut import TILES, WARPS, X_WARPS, Cut, Gpu, Work, best_cut
 from ._nm24_pack import BLOCK, DEPTH, STAGE, pack_matrix, unpack_matrix
 
 MAX_TOKENS = 256
 AT_ONCE = 8 * TILES[-1]  # tokens of a launch
-MAX_SHAPES = 64  # of x, that a layer keeps the short way for
 
 
 @cache
@@ -84,24 +83,8 @@ class CudaNm24(Kernel):
 
     @classmethod
     def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """What is the same for every x of one shape is found out once: with few tokens the host takes the longest."""
-        stages, ready = packed[0], dict[torch.Size, tuple[Launch, torch.Size]]()
-        index, bias = stages.get_device(), None if bias is None else bias.to(dtype_of(meta)).contiguous()
-        held = nvrtc.null(stages.device) if bias is None else bias
-
-        def product(x: Tensor) -> Tensor:
-            found = ready.get(x.shape)
-            if found and x.is_contiguous() and x.data_ptr() % 16 == 0 and x.get_device() == index:
-                y = x.new_empty(found[1])
-                found[0].run(stages, x, held, y)
-                return y
-            y = cls.run(x, packed, meta, bias)
-            tokens = x.shape[:-1].numel()
-            if 0 < tokens <= AT_ONCE and meta["cols"] % 8 == 0 and len(ready) < MAX_SHAPES:
-                ready[x.shape] = planned(tokens, meta["cols"], meta, gpu(index)), y.shape
-            return y
-
-        return product
+        plan = partial(planned, width=meta["cols"], meta=meta, device=gpu(packed[0].get_device()))
+        return by_shape(super().bind(packed, meta, bias), plan, packed, meta, bias, AT_ONCE, columns=8)
 
     @classmethod
     def unpack(cls, packed: Sequence[Tensor], meta: dict[str, Any]) -> Tensor:
@@ -140,7 +123,7 @@ def launch(
     x: Tensor, stages: Tensor, meta: dict[str, Any], bias: Tensor | None, y: Tensor, cut: Cut | None = None
 ) -> None:
     """y [N, M] = x [N, K] A^T + bias, for at most 64 rows of x, as `rows_of` leaves them."""
-    planned(x.shape[0], x.shape[1], meta, gpu(x.get_device()), cut).run(stages, x, bias_of(bias, x), y)
+    planned(x.shape[0], x.shape[1], meta, gpu(x.get_device()), cut).run([stages], x, bias_of(bias, x), y)
 
 
 class Launch(NamedTuple):
@@ -152,8 +135,8 @@ class Launch(NamedTuple):
     sizes: tuple[int, ...]
     shared: int  # bytes
 
-    def run(self, stages: Tensor, x: Tensor, bias: Tensor, y: Tensor) -> None:
-        self.kernel.launch(self.grid, self.block, stages, x, bias, y, *self.sizes, shared=self.shared)
+    def run(self, packed: Sequence[Tensor], x: Tensor, bias: Tensor, y: Tensor) -> None:
+        self.kernel.launch(self.grid, self.block, *packed, x, bias, y, *self.sizes, shared=self.shared)
 
 
 def planned(tokens: int, width: int, meta: dict[str, Any], device: Gpu, cut: Cut | None = None) -> Launch:
