@@ -352,7 +352,10 @@ def test_a_token_that_is_not_finite_is_nan_and_zeros_are_the_bias(isa: str, toke
 
 @pytest.mark.skipif(not _bsr.amx(), reason="no AMX")
 @pytest.mark.parametrize("density", [0.1, 1.0], ids=["sparse", "dense"])
-@pytest.mark.parametrize(("columns", "tokens"), [(900, 150), (1000, 300), (1700, 500), (6000, 400)])
+@pytest.mark.parametrize(
+    ("columns", "tokens"),
+    [(900, 150), (1000, 300), (1700, 500), (6000, 400), (40, 80), (64, 64), (128, 193), (1700, 90), (3000, 64)],
+)
 def test_amx_adds_up_slices_and_groups_of_tokens(columns: int, tokens: int, density: float) -> None:
     a = BsrInt8.encode(weight((75, columns), density, (4, 1)))
     x, bias = some(tokens, columns), some(75)

@@ -264,7 +264,7 @@ class Finish {
   }
 
  private:
-  // A function of its own: inlined it would take registers from the loop over groups, for 3 to 8 % of the time.
+  // A function of its own: inlined it would take registers from the loop over groups.
   __attribute__((noinline)) void write_staged(int64_t row) {
     const int64_t first = row / panel_rows * 32, count = std::min<int64_t>(32, a.rows - first);
     if (out.type == Type::f32 && !out.residual && left == NB && count == 32) {
