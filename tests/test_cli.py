@@ -139,6 +139,13 @@ def test_generate_continues_the_prompt(compressed):
     assert run("generate", compressed, "--prompt", "[bold]Once", "--tokens", 4, "--no-prepare").exit_code == 0
 
 
+def test_bench_says_what_it_measures_without_a_terminal(compressed):
+    result = run("bench", compressed, "--tokens", 2, "--repeats", 1)
+    assert result.exit_code == 0, result.output
+    assert {"dense: vendor", "dispatched"} <= set(result.stderr.splitlines())
+    assert "dispatched / best dense:" in result.stdout
+
+
 INTERRUPTED = """
 import signal, sys
 from gossamer.cli import app

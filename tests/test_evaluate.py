@@ -123,6 +123,12 @@ def test_a_model_that_predicts_no_tokens(bert):
             evaluate.tokens_per_second(found, list(range(8)), new_tokens=1, repeats=1)
 
 
+@pytest.mark.parametrize("wrong", [{"new_tokens": 0}, {"repeats": 0}])
+def test_no_tokens_and_no_runs_have_no_speed(model, wrong):
+    with pytest.raises(ValueError, match="fix: at least 1 of each"):
+        evaluate.tokens_per_second(model, list(range(8)), **wrong)
+
+
 def test_windows_longer_than_the_model_reads():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)

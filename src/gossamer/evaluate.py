@@ -128,8 +128,10 @@ def _logits(model: nn.Module, out: Any) -> Tensor:
 def tokens_per_second(model: nn.Module, ids: Tensor | Sequence[int], new_tokens: int = 32, repeats: int = 3) -> Speed:
     """Greedy decoding after the prompt `ids`, batch 1, with a KV cache; one warm-up run, the prefill is not counted.
 
-    ValueError for a model without logits.
+    ValueError for a model without logits, and for no token or no run.
     """
+    if min(new_tokens, repeats) < 1:
+        raise ValueError(f"{repeats} runs of {new_tokens} new tokens; fix: at least 1 of each")
     device = next(model.parameters()).device
     prompt = torch.as_tensor(ids, dtype=torch.long).flatten().to(device)[None]
     rates = [new_tokens / _decode_seconds(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]

@@ -169,7 +169,7 @@ def _tell_stacked(model: nn.Module, blocks: nn.ModuleList) -> None:
         share = sum(sizes.values()) / sum(p.numel() for p in blocks.parameters())
         _warn_once(
             f"{type(model).__name__}: {share:.0%} of the blocks' parameters lie in {len(sizes)} 3-d tensors such as "
-            f"{next(iter(sizes))} (stacked experts), which no method compresses: they stay dense"
+            f"{next(iter(sizes))}, as stacked experts do; no method compresses those, they stay dense"
         )
 
 
