@@ -78,7 +78,9 @@ def test_the_answers_stay_the_same(model: nn.Module, dtype: torch.dtype) -> None
 
 
 def test_the_fastest_is_taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed(monkeypatch, {"cpu_bitmask": 3.0, "cpu_bitmask_many": 3.5, "cpu_dense": 5.0, "vendor": 4.0, "reference": 50.0})
+    fixed(
+        monkeypatch, {"cpu_bitmask": 3.0, "cpu_bitmask_many": 3.5, "cpu_dense": 5.0, "vendor": 4.0, "reference": 50.0}
+    )
     found = gossamer.prepare(model, tokens=SIZES)
     assert ways(model["bitmask0"]) == [["cpu_bitmask"]]
     assert ways(model["nm240"]) == [["vendor"]], "no sparse kernel beats the copy"

@@ -271,9 +271,7 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _in_and_out(
-    x: Tensor, rows: int, cols: int, most: int | None = MAX_TOKENS
-) -> tuple[Tensor, Tensor, int, int]:
+def _in_and_out(x: Tensor, rows: int, cols: int, most: int | None = MAX_TOKENS) -> tuple[Tensor, Tensor, int, int]:
     """x as a matrix whose rows are whole, y, tokens, and the distance between rows of x in bytes.
 
     Short ways first: a decode step makes hundreds of these calls, and a microsecond here is a tenth of one.

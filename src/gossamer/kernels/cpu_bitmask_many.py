@@ -30,10 +30,11 @@ class CpuBitmaskMany(CpuBitmask):
     @classmethod
     def run(cls, x: Tensor, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Tensor:
         if x.shape[:-1].numel() > native.MAX_TOKENS:
-            y = native.bitmask_many(x, *packed, meta["cols"], bias)
+            values, mask, offsets = packed
+            y = native.bitmask_many(x, values, mask, offsets, meta["cols"], bias)
             if y is not None:
                 return y
-        # x holds Inf or NaN, which meet the zeros there.
+        # Few tokens, or x holds Inf or NaN, which meet the zeros there.
         return super().run(x, packed, meta, bias)
 
     @classmethod
