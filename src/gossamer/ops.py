@@ -88,7 +88,7 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
     """
     if plain(x):
         return route(layout).linear(x, parts, bias)
-    if transformed():
+    if not is_compiling() and transformed():
         wide = reference.wide(x)
         added = None if bias is None else bias.to(wide)
         return torch.nn.functional.linear(x.to(wide), torch.ops.gossamer.decode(parts, layout, wide), added).to(x.dtype)
