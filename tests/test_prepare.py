@@ -17,6 +17,7 @@ from gossamer.formats.dense import Dense
 from gossamer.formats.nm24 import NM
 from gossamer.formats.product import Product
 from gossamer.kernels import KernelError, registry
+from gossamer.kernels.cpu_dense import CpuDense
 from gossamer.nn import SparseLinear
 from gossamer.prepare import run_dense
 
@@ -90,6 +91,21 @@ def test_the_fastest_is_taken(model: nn.Module, monkeypatch: pytest.MonkeyPatch)
     rows = {row.layers[0]: row for row in found.rows}
     assert rows["bitmask0"].cells[0].speedup == 4.0 / 3.0
     assert "bitmask0, bitmask1, bitmask2 (3 layers)  bitmask 24x40 density 0.50" in str(found)
+
+
+def test_one_kernel_for_both_is_timed_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, seen = SparseLinear.from_format(sparse(24, 40)), []
+    monkeypatch.setattr(CpuDense, "formats", ("dense", "bitmask"))
+
+    def race(runners, *_):
+        seen.append(set(runners))
+        return {name: {"cpu_dense": 2.0, "cpu_dense again": 1.0}.get(name, 5.0) for name in runners}
+
+    monkeypatch.setattr(timing, "race", race)
+    gossamer.prepare(nn.ModuleDict({"a": layer}), tokens=[1])
+    assert seen == [{"cpu_bitmask", "cpu_dense", "cpu_dense again", "reference", "vendor"}]
+    times = {place.split(":")[0]: found[1]["cpu_dense"] for place, found in lock.load(layer.device).times.items()}
+    assert times == {"bitmask": 2.0, "dense": 1.0}
 
 
 def test_copies_stay_within_their_memory(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class CpuBitmaskMany(CpuBitmask):
             y = native.bitmask_many(x, values, mask, offsets, meta["cols"], bias)
             if y is not None:
                 return y
-        # x holds Inf or NaN, which meet the zeros there.
+        # Few tokens, or x holds Inf or NaN, which meet the zeros there.
         return super().run(x, packed, meta, bias)
 
     @classmethod
