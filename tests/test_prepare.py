@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import gossamer
-from gossamer import dispatch, lock, timing
+from gossamer import dispatch, lock, race, timing
 from gossamer.formats import Format
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.dense import Dense
 from gossamer.formats.nm24 import NM
 from gossamer.formats.product import Product
-from gossamer.kernels import KernelError
+from gossamer.kernels import KernelError, registry
 from gossamer.kernels.cpu_dense import CpuDense
 from gossamer.nn import SparseLinear
 from gossamer.prepare import run_dense
@@ -118,6 +118,27 @@ def test_copies_stay_within_their_memory(model: nn.Module, monkeypatch: pytest.M
     gossamer.prepare(model, tokens=SIZES, dense_memory=0)
     assert not [n for n, m in model.items() if ["vendor"] in ways(m)]
     assert ways(model["bitmask0"]) == [["cpu_bitmask"]]
+
+
+def test_a_kernel_without_memory_is_done_without(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, the others are tried as ever; with the memory there the next prepare tries it."""
+    kernel = registry["cpu_bitmask"]
+    race._say.cache_clear()
+    seen = fixed(monkeypatch, {"cpu_bitmask_many": 9.0, "vendor": 9.0, "cpu_dense": 9.0, "reference": 2.0})
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+
+        def full(cls, a, dtype):
+            raise torch.OutOfMemoryError("full")
+
+        patch.setattr(kernel, "pack", classmethod(full))
+        gossamer.prepare(model, tokens=SIZES)
+    text = "no memory to try out cpu_bitmask; layers run without it; fix: make room and run gossamer.prepare again"
+    assert [r.message for r in caplog.records].count(text) == 1
+    assert "cpu_bitmask" not in seen and ways(model["bitmask0"]) == [["reference"]] and model["nm240"].prepared
+    gossamer.prepare(model, tokens=SIZES)
+    assert "cpu_bitmask" in seen and ways(model["bitmask0"]) == [["cpu_bitmask"]]
 
 
 def test_a_second_prepare_times_nothing(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

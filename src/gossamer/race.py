@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from .kernels import Case, Kernel, Packed, registry
 from .lock import Lock
 from .nn import SparseLinear
 from .packs import Packs, dense_copy, reversible
+
+log = logging.getLogger("gossamer")
 
 SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
 SWEEP_BYTES = {"cpu": 64 << 20, "cuda": 200 << 20}  # more than a cache of one core or one GPU holds
@@ -64,6 +67,12 @@ class Group:
         return sum(math.log(r) for r in ratios if r > 1) if max(ratios) > WORTH else 0.0
 
 
+@cache
+def _say(message: str) -> None:
+    """Once per message."""
+    log.warning("%s; fix: make room and run gossamer.prepare again", message)
+
+
 @dataclass(frozen=True)
 class Entry:
     """Matrices of one kind that enter a race as they are stored or, `whole`, as dense copies; x is of `dtype`.
@@ -95,12 +104,21 @@ class Entry:
     def case(self, tokens: int) -> Case:
         return Case(self.spec, self.device, self.dtype, tokens)
 
-    def packs(self, sample: Sequence[Format], kernels: Mapping[str, type[Kernel]]) -> list[Packs]:
-        """What the kernels pack, made now and not while the clock runs."""
+    def packs(self, sample: Sequence[Format], able: dict[int, list[type[Kernel]]]) -> list[Packs]:
+        """What the kernels pack, made now and not while the clock runs; those without memory leave `able`."""
         found = [Packs(dense_copy(f, self.dtype) if self.whole else f, self.dtype) for f in sample]
-        made = [{name: p.of(k) for name, k in kernels.items()} for p in found]
+        kernels = {k.name: k for each in able.values() for k in each}
+        made: dict[str, list[Packed]] = {}
+        for name, kernel in kernels.items():
+            try:
+                made[name] = [p.of(kernel) for p in found]
+            except torch.OutOfMemoryError:
+                if not made and name == [*kernels][-1]:  # nothing is left to run them with
+                    raise
+                _say(f"no memory to try out {name}; layers run without it")
+        able.update({n: [k for k in each if k.name in made] for n, each in able.items()})
         if self.keep is not None:
-            self.keep.update(made[0])
+            self.keep.update({name: each[0] for name, each in made.items()})
         return found
 
 
@@ -147,7 +165,7 @@ class Race:
         packs = []
         for e, kernels in zip(entries, able, strict=True):
             sample = _cold(e.found, self.footprint) if missing else e.found[:1]
-            packs.append(e.packs(sample, {k.name: k for each in kernels.values() for k in each}))
+            packs.append(e.packs(sample, kernels))
         for n in missing:
             self._time(n, [(e, a[n], p) for e, a, p in zip(entries, able, packs, strict=True)])
         return [self._timed(e, a, p[0]) for e, a, p in zip(entries, able, packs, strict=True)]
