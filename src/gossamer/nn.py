@@ -256,13 +256,14 @@ class SparseLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = self.__dict__
-        old = held["_parameters"].get(name) if name in held.get("_names", ()) else None
-        if old is not None or (name == "bias" and held.get("_stack") is not None):
-            if self.prepared or self._stack is not None:
+        stored, stacked = name in held.get("_names", ()), held.get("_stack") is not None
+        if stored or (name == "bias" and stacked):
+            if stacked or held["_released"] or self.prepared:
                 self.unprepare()  # what was packed belongs to the old tensors
+            self._calls = None
+            old = held["_parameters"].get(name)
             if old is not None and name.startswith("right_") and not old.is_inference():
                 increment_version(old)  # for those that borrow it
-            self._calls = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

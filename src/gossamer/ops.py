@@ -96,7 +96,7 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
 
 
 # Not `is_compiling`, which takes longer: what it knows besides, an export that is not traced, has modes of its own.
-is_compiling, _exporting = torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting
+is_compiling = torch.compiler.is_dynamo_compiling
 _grad = torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
@@ -104,7 +104,8 @@ _transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-define
 
 def inference(x: Tensor) -> bool:
     """Does the compiler work on inference on the CPU, for this process (no export, which others are to run)?"""
-    return not _exporting() and not torch.is_grad_enabled() and x.device.type == "cpu"
+    # Not `is_exporting()`, which up to torch 2.12 says yes to every compiler.
+    return not torch.compiler._is_exporting_flag and not torch.is_grad_enabled() and x.device.type == "cpu"
 
 
 def plain(x: Tensor) -> bool:
