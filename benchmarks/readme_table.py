@@ -163,7 +163,7 @@ def pairs() -> str:
         "",
         "2:4 sparsity on the H100, over the dense product of the same run, geometric means of 5 shapes: decoding 1 to",
         f"64 tokens {decode:.2f}x, prompts of 4,096 tokens and more {prefill:.2f}x in bf16 and {fp8:.2f}x in fp8,",
-        "without scales ([more](docs/kernels/nm24.md)).",
+        "with a scale for each operand ([more](docs/kernels/nm24.md)).",
         "",
         "Forward and backward of a feed-forward block with them, 16,384 tokens in bfloat16, pruning and compressing",
         "included, over `torch.compile` of the dense one:",
@@ -199,7 +199,7 @@ def matrices() -> str:
     lines = [
         "",
         "`SparseMatrix` on the H100, any sparse matrix times a dense one of N columns, over the best algorithm of",
-        "cuSPARSE's CSR in float32, geometric mean of 21 matrices, packing and choosing not counted",
+        "cuSPARSE's CSR in float32, geometric mean of 27 matrices, packing and choosing not counted",
         "([more](docs/spmm.md)):",
         "",
         "| | " + " | ".join(f"N = {n}" for n in WIDTHS) + " |",
