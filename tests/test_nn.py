@@ -341,6 +341,19 @@ def test_a_prepared_layer_runs_what_is_stored(edit: str, caplog: pytest.LogCaptu
     assert ("edited" in caplog.text) == (edit != "assigned")
 
 
+def test_edited_values_are_noticed_in_every_format(a: Format) -> None:
+    names = [n for n in formats.layout(a.spec()) if n in ("weight", "scale", "right_weight")]
+    for name in names:
+        layer = SparseLinear.from_format(a)
+        step = dispatch.Step("vendor", (len(layer.parts()),), {})
+        layer.use(torch.float32, [(512, (step,))], (layer.decode(torch.float32),))
+        with torch.no_grad():
+            layer.get_parameter(name).zero_()
+            assert not layer(torch.randn(2, a.shape[1])).any()
+        assert not layer.prepared
+    assert names
+
+
 def test_transforms_of_torch_func_and_forward_mode(a: Format) -> None:
     layer, x = SparseLinear.from_format(a, torch.randn(a.shape[0])), torch.randn(3, a.shape[1])
     dense, tangent = a.decode(torch.float32), torch.randn(3, a.shape[1])

@@ -18,6 +18,8 @@ from .stack import Stack
 
 log = logging.getLogger("gossamer")
 
+VALUES = ("weight", "scale", "right_weight")  # of a stored matrix, at most two of these
+
 Calls = tuple[torch.dtype | None, Tensor | None, dispatch.Bound]  # of x, for this bias
 EDITED = "a prepared layer's tensors were edited and it runs as it is stored; fix: call gossamer.prepare(model) again"
 MOVED = "a prepared layer moved to another device; fix: call gossamer.prepare(model) again"
@@ -145,7 +147,7 @@ class SparseLinear(nn.Module):
     def _settle(self) -> None:
         """The choices are made: take note of what they were made for, and tell compiled graphs."""
         held = [] if self._released or not (self.prepared or self._stack) else self.parts()
-        watched = [t for t in held if t.is_floating_point() and not t.is_inference()]
+        watched = [t for n, t in zip(self._names, held, strict=False) if n in VALUES and not t.is_inference()]
         if self._stack is not None and self.bias is not None and not self.bias.is_inference():
             watched.append(self.bias)
         # Two at most, and one number: this is asked before every product.
