@@ -14,6 +14,7 @@ from gossamer.formats.product import Product
 from gossamer.kernels import Case, KernelError, reference, registry
 from gossamer.kernels.cpu_bitmask import CpuBitmask
 from gossamer.nn import SparseLinear
+from gossamer.once import say
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def _own_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("GOSSAMER_KERNEL", raising=False)
     monkeypatch.delenv("GOSSAMER_LOCK", raising=False)
     dispatch.forget()
-    dispatch._say.cache_clear()
+    say.cache_clear()
     yield
     dispatch.forget()
 

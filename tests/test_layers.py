@@ -6,6 +6,7 @@ from torch import nn
 
 from gossamer import layers
 from gossamer.layers import LayerError
+from gossamer.once import say
 from gossamer.shards import CheckpointError
 
 transformers = pytest.importorskip("transformers")
@@ -64,7 +65,7 @@ def test_stacked_experts_stay_dense_and_are_told(dtype, caplog):
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **sizes)).to(dtype)
     before = model.get_experts_implementation()
-    layers._warn_once.cache_clear()
+    say.cache_clear()
     blocks = layers.find(model)
     layers.find(model)
     assert [len(group) for group in blocks[0].groups] == [3, 1]

@@ -197,6 +197,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     found = SparseMatrix(tmp_path / "a.safetensors")
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.torch().to_dense().nan_to_num(7), a.bfloat16().nan_to_num(7))
+    SparseMatrix(a, "tf32").save(tmp_path / "a.safetensors")
+    assert SparseMatrix(tmp_path / "a.safetensors").precision == "tf32"
+    assert SparseMatrix(tmp_path / "a.safetensors", "fp32").precision == "fp32"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_files_that_hold_no_matrix(tmp_path: Path) -> None:
@@ -206,6 +210,10 @@ def test_files_that_hold_no_matrix(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors")
     with pytest.raises(FormatError, match=r"holds no SparseMatrix; fix: write it with"):
         SparseMatrix(tmp_path / "b.safetensors")
+    for foreign in ("{}", "no json", "[]", '{"format": "csr"}'):
+        safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors", {"gossamer": foreign})
+        with pytest.raises(FormatError, match=r"fix: write it with"):
+            SparseMatrix(tmp_path / "b.safetensors")
     for missing in (tmp_path / "c.safetensors", str(tmp_path / "c.mtx"), tmp_path):
         with pytest.raises(FileNotFoundError, match="is no file; fix: give the path"):
             SparseMatrix(missing)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gossamer
-from gossamer import dispatch, lock, race, timing
+from gossamer import dispatch, lock, timing
 from gossamer.formats import Format
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.dense import Dense
@@ -19,6 +19,7 @@ from gossamer.formats.product import Product
 from gossamer.kernels import KernelError, registry
 from gossamer.kernels.cpu_dense import CpuDense
 from gossamer.nn import SparseLinear
+from gossamer.once import say
 from gossamer.prepare import run_dense
 
 SIZES = (1, 4, 32)
@@ -41,7 +42,7 @@ def kinds() -> dict[str, Format]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     dispatch.forget()
-    lock._say.cache_clear()
+    say.cache_clear()
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_a_kernel_without_memory_is_done_without(
 ) -> None:
     """Said once, the others are tried as ever; with the memory there the next prepare tries it."""
     kernel = registry["cpu_bitmask"]
-    race._say.cache_clear()
+    say.cache_clear()
     seen = fixed(monkeypatch, {"cpu_bitmask_many": 9.0, "vendor": 9.0, "cpu_dense": 9.0, "reference": 2.0})
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
 

@@ -11,7 +11,6 @@ GOSSAMER_KERNEL names a kernel for all matrices of the formats it runs; it is re
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,7 @@ from .formats import Format, Spec, dtype_name, dtype_of
 from .formats.dense import Dense
 from .formats.product import Product
 from .kernels import Case, Kernel, KernelError, reference, registry
-
-log = logging.getLogger("gossamer")
+from .once import say
 
 # Kernels are timed for these numbers of tokens; one in between goes with the next, one beyond with the last.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -162,7 +160,7 @@ class Route:
         except KernelError as error:
             if _forced(a.name):
                 raise
-            _say(f"{kernel.name} failed ({error}); {ORACLE} runs instead")
+            say(f"{kernel.name} failed ({error}); {ORACLE} runs instead")
             self._chosen[place] = registry[ORACLE]
             return reference.linear(x, a, bias)
 
@@ -228,9 +226,3 @@ def forget() -> None:
     """Read the lock file and GOSSAMER_KERNEL again; prepared layers keep their choices."""
     route.cache_clear()
     _lock.cache_clear()
-
-
-@cache
-def _say(message: str) -> None:
-    """Once per message."""
-    log.warning(message)

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import SparseLinear
+from .once import say
 from .shards import Entry, tensors
 
 log = logging.getLogger("gossamer")
@@ -167,15 +167,10 @@ def _tell_stacked(model: nn.Module, blocks: nn.ModuleList) -> None:
     sizes = {n: p.numel() for n, p in blocks.named_parameters() if p.ndim == 3 and min(p.shape) > 1}
     if sizes:
         share = sum(sizes.values()) / sum(p.numel() for p in blocks.parameters())
-        _warn_once(
+        say(
             f"{type(model).__name__}: {share:.0%} of the blocks' parameters lie in {len(sizes)} 3-d tensors such as "
             f"{next(iter(sizes))}, as stacked experts do; no method compresses those, they stay dense"
         )
-
-
-@cache
-def _warn_once(text: str) -> None:
-    log.warning(text)
 
 
 def _by_input(names: Iterable[str], inputs: dict[str, Tensor]) -> tuple[tuple[str, ...], ...]:

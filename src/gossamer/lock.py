@@ -14,17 +14,18 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
 
 from . import machine
 from .formats import Spec, dtype_name
+from .once import say
 
 log = logging.getLogger("gossamer")
 
 VERSION = 1
+FIX = "fix: run gossamer.prepare again here"
 Times = dict[str, dict[int, dict[str, float]]]  # key -> tokens -> kernel -> microseconds
 
 
@@ -84,16 +85,11 @@ def _read(path: Path, identity: dict[str, str]) -> Times:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _say(f"ignoring the lock file {path}: it cannot be read ({type(error).__name__}: {error})")
+        say(f"ignoring the lock file {path}: it cannot be read ({type(error).__name__}: {error}); {FIX}")
         return {}
     differs = [f"{k} {written.get(k)} -> {v}" for k, v in identity.items() if written.get(k) != v]
     if version != VERSION or differs:
-        _say(f"ignoring the lock file {path}: it is of another machine or version ({', '.join(differs) or version})")
+        other = ", ".join(differs) or version
+        say(f"ignoring the lock file {path}: it is of another machine or version ({other}); {FIX}")
         return {}
     return times
-
-
-@cache
-def _say(message: str) -> None:
-    """Once per message."""
-    log.warning("%s; fix: run gossamer.prepare again here", message)

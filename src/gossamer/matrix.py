@@ -18,6 +18,7 @@ from .formats.csr import CsrFormat
 from .machine import free_memory
 from .spmm import Csr, Way, sampled
 from .spmm.choice import BUCKETS, Chooser
+from .work import replacing
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUFFIX = ".safetensors"
@@ -70,7 +71,8 @@ class SparseMatrix:
     ) -> None:
         if precision not in (None, *PRECISIONS):
             raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}; fix: choose one, or None")
-        found = _read(a)
+        found, stored = _read(a)
+        precision = precision or (stored if stored in PRECISIONS else None)
         wanted = PRECISIONS[precision] if precision else found.dtype if found.dtype.is_floating_point else torch.float32
         _check_room(found, torch.device(device) if device is not None else found.device)
         _warn_of_overflow(found, wanted)
@@ -199,7 +201,8 @@ class SparseMatrix:
 
         stored = CsrFormat(self.shape, self.values.detach(), self._csr.cols, self._csr.pointers)
         tensors = {n: t.cpu().contiguous() for n, t in stored.tensors().items()}
-        save_file(tensors, path, {"gossamer": json.dumps(stored.spec() | {"precision": self.precision})})
+        with replacing(Path(path)) as part:
+            save_file(tensors, part, {"gossamer": json.dumps(stored.spec() | {"precision": self.precision})})
 
 
 class _Transposed:
@@ -237,23 +240,24 @@ def _rebuilt(
     return SparseMatrix(parts, precision, device=device, **settings)
 
 
-def _read(a: Any) -> Csr:
+def _read(a: Any) -> tuple[Csr, str | None]:
+    """The matrix, and the precision that it was saved with."""
     if isinstance(a, Csr):
-        return a
+        return a, None
     if isinstance(a, SparseMatrix):
-        return a._csr
+        return a._csr, None
     if not isinstance(a, (str, Path)):
-        return Csr.of(a)
+        return Csr.of(a), None
     if not Path(a).is_file():
         raise FileNotFoundError(f"{a} is no file; fix: give the path of a Matrix Market file, or of what `save` wrote")
     if Path(a).suffix == SUFFIX:
         return _load(Path(a))
     from .spmm import market  # NumPy, which importing Gossamer does not need
 
-    return market.read(a)
+    return market.read(a), None
 
 
-def _load(path: Path) -> Csr:
+def _load(path: Path) -> tuple[Csr, str | None]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -264,11 +268,15 @@ def _load(path: Path) -> Csr:
         raise FormatError(f"{path} is no safetensors file: {error}; fix: write it with SparseMatrix.save") from error
     if spec is None:
         raise FormatError(f"{path} holds no SparseMatrix; fix: write it with SparseMatrix.save")
-    found = formats.from_spec(json.loads(spec), tensors)
+    try:
+        spec = json.loads(spec)
+        found = formats.from_spec(spec, tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} holds no SparseMatrix ({error!r}); fix: write it with SparseMatrix.save") from error
     found.validate()
     if not isinstance(found, CsrFormat):
         raise FormatError(f"{path} holds the format {found.name}, not csr; fix: write it with SparseMatrix.save")
-    return Csr(found.shape, found.rows, found.cols, found.weight)
+    return Csr(found.shape, found.rows, found.cols, found.weight), spec.get("precision")
 
 
 def _warn_of_overflow(a: Csr, dtype: torch.dtype) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ from .formats.product import Product
 from .kernels import Case, Kernel, Packed, registry
 from .lock import Lock
 from .nn import SparseLinear
+from .once import say
 from .packs import Packs, dense_copy, reversible
-
-log = logging.getLogger("gossamer")
 
 SAMPLE_LAYERS, SAMPLE_BYTES = 30, 256 << 20  # at most so many layers of one shape are timed, in dense float32 bytes
 SWEEP_BYTES = {"cpu": 64 << 20, "cuda": 200 << 20}  # more than a cache of one core or one GPU holds
@@ -67,12 +65,6 @@ class Group:
         return sum(math.log(r) for r in ratios if r > 1) if max(ratios) > WORTH else 0.0
 
 
-@cache
-def _say(message: str) -> None:
-    """Once per message."""
-    log.warning("%s; fix: make room and run gossamer.prepare again", message)
-
-
 @dataclass(frozen=True)
 class Entry:
     """Matrices of one kind that enter a race as they are stored or, `whole`, as dense copies; x is of `dtype`.
@@ -115,7 +107,8 @@ class Entry:
             except torch.OutOfMemoryError:
                 if not made and name == [*kernels][-1]:  # nothing is left to run them with
                     raise
-                _say(f"no memory to try out {name}; layers run without it")
+                fix = "make room and run gossamer.prepare again"
+                say(f"no memory to try out {name}; layers run without it; fix: {fix}")
         able.update({n: [k for k in each if k.name in made] for n, each in able.items()})
         if self.keep is not None:
             self.keep.update({name: each[0] for name, each in made.items()})
