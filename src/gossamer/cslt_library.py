@@ -95,7 +95,7 @@ def _load() -> ctypes.CDLL:
 
 def refusal(device: torch.device) -> str | None:
     """Why there is no cuSPARSELt on this device (it completes "it needs ..."), or None if there is."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or not driver.present():
         return "an NVIDIA GPU"
     return _refusal(torch.cuda.current_device() if device.index is None else device.index)
 

@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
 
 def refusal(device: torch.device) -> str | None:
     """Why there is no cuSPARSE on this device (it completes "it needs ..."), or None if there is."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or not driver.present():
         return "an NVIDIA GPU"
     return _refusal()
 

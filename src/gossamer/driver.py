@@ -25,6 +25,12 @@ class LaunchError(RuntimeError):
 
 
 @cache
+def present() -> bool:
+    """Whether torch reaches an NVIDIA GPU: its build is for CUDA (not for ROCm), and there is a driver."""
+    return torch.version.cuda is not None and torch.cuda.is_available()
+
+
+@cache
 def library() -> ctypes.CDLL:
     """The CUDA driver."""
     try:
