@@ -1,7 +1,9 @@
 """What several test files need, and which tests a machine without a GPU leaves out."""
 
+import ctypes
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def at() -> Callable[[int, int, int], torch.Tensor]:
+    """(address, rows, columns) -> the bfloat16 matrix that lies there, in main memory."""
+
+    def found(address: int, rows: int, cols: int) -> torch.Tensor:
+        held = (ctypes.c_uint16 * (rows * cols)).from_address(address)
+        return torch.frombuffer(held, dtype=torch.bfloat16).view(rows, cols)
+
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from gossamer import dispatch, formats, methods, patterns
 from gossamer.formats import FormatError
 from gossamer.kernels import reference
 from gossamer.methods import RatioError
+from gossamer.nn import SparseLinear
 from gossamer.stats import Stats
 
 FORMATS = formats.registry.names()
@@ -151,6 +152,15 @@ def test_reference_kernel_against_float64(name: str, dtype: torch.dtype, lead: t
     assert y.dtype == dtype and y.shape == expected.shape
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert torch.allclose(y.double(), expected, rtol=tolerance, atol=tolerance * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layer_refuses_what_it_could_only_round_off(name: str, dtype: torch.dtype) -> None:
+    """Integers came back cut off, and of complex numbers the real part."""
+    a = formats.registry[name].encode(holdable(name, torch.randn(9, 21)))
+    with pytest.raises(TypeError, match=r"real floating numbers, not torch\..*; fix: pass x.float\(\)"):
+        SparseLinear.from_format(a)(torch.ones(4, 21, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import gossamer
-from gossamer import cslt, cslt_library, cslt_search, dispatch, patterns
+from gossamer import cslt, cslt_library, cslt_search, dispatch, driver, patterns
 from gossamer.cslt import CsltError, Problem
 from gossamer.formats.nm24 import NM
 from gossamer.kernels import Case, KernelError, cuda_nm24_vendor
@@ -149,7 +149,7 @@ def test_without_sparse_tensor_cores_or_the_library_all_is_dense(
         raise CsltError("no library; fix: get one")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(driver, "present", lambda: True)
     monkeypatch.setattr(cslt_library, "handle", handle)
     monkeypatch.setattr(cslt_library, "_refusal", cslt_library._refusal.__wrapped__)
     a = NM.encode(torch.where(patterns.nm(torch.rand(64, 64)), 1.0, 0.0).bfloat16())

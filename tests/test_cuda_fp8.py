@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer import cslt, cuda_fp8, cuda_patterns, nvrtc
+from gossamer import cslt, cuda_fp8, cuda_patterns, nvrtc, patterns
 from gossamer.cslt import Algorithm, CsltError, Problem
 
 
@@ -31,6 +31,14 @@ def test_scales_are_the_least_powers_of_two_that_fit() -> None:
     assert bool((most > 224 * 15 / 16).all()) and bool((most <= 448).all()) and not bits[3].float().any()
     error = (bits.float() * scale.unsqueeze(-1) - a).abs()
     assert bool((error <= a.abs() / 16 + scale.unsqueeze(-1) * 2**-10).all())
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_no_number_of_the_product(value: float) -> None:
+    a = torch.tensor([[1.0, 0.0, 2.0, 0.0], [value, 0.0, 3.0, 0.0]])
+    bits, scale = cuda_fp8.quantized(a)
+    y = (bits.float() @ torch.ones(4, 1)).squeeze(1) * scale
+    assert y[0] == 3 and y[1].isnan() and patterns.is_24(bits.float())
 
 
 def test_one_scale_for_a_whole_matrix() -> None:

@@ -192,17 +192,17 @@ def test_a_thread_that_has_not_touched_the_gpu_gets_a_map_of_x(monkeypatch: pyte
 
 @pytest.mark.parametrize("device", [H100, SMALL], ids=["maps", "no maps"])
 @pytest.mark.parametrize("bias", [None, torch.randn(100).bfloat16(), torch.randn(100)], ids=["", "bias", "float32"])
-def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, bias, device: Gpu) -> None:
+def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, at, bias, device: Gpu) -> None:
     """Shapes that come back take the short way: the same launches, tensors of the same values and shapes."""
     seen: list[tuple] = []
 
-    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
-        stages, offsets, x, added, y, *sizes, x_map = args
-        y.view(-1, 100).copy_(x.reshape(-1, x.shape[-1])[:, :100])
-        held = [t.data_ptr() for t in (stages, offsets)]
-        seen.append((repr(self), grid, block, held, x.flatten().tolist(), added.tolist(), sizes, x_map, shared))
+    def start(self: nvrtc.Function, index: int, grid: tuple, block: tuple, shared: int, values: tuple) -> None:
+        stages, offsets, x, added, y, rows, cols, tokens, *sizes, x_map = values
+        given, held = at(x, tokens, cols), [] if bias is None else at(added, 1, rows).tolist()
+        at(y, tokens, rows).copy_(given[:, :rows])
+        seen.append((repr(self), index, grid, block, stages, offsets, given.tolist(), held, sizes, x_map, shared))
 
-    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+    monkeypatch.setattr(nvrtc.Function, "start", start)
     monkeypatch.setattr(cuda_lscd, "gpu", lambda index: device)
     monkeypatch.setattr(cuda_lscd, "tensor_map", lambda index, address, *asked: asked)
     packed = cuda_lscd.pack_dense(sparse(100, 320, 0.5), False)
@@ -224,11 +224,11 @@ def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, b
         call(torch.zeros(3, 256).bfloat16())
 
 
-def test_a_bound_product_sees_its_bias_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
-        args[4].copy_(args[3].expand_as(args[4]))
+def test_a_bound_product_sees_its_bias_change(monkeypatch: pytest.MonkeyPatch, at) -> None:
+    def start(self: nvrtc.Function, index: int, grid: tuple, block: tuple, shared: int, values: tuple) -> None:
+        at(values[4], 2, 16).copy_(at(values[3], 1, 16))
 
-    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+    monkeypatch.setattr(nvrtc.Function, "start", start)
     monkeypatch.setattr(cuda_lscd, "gpu", lambda index: SMALL)
     packed, x = cuda_lscd.pack_dense(sparse(16, 64, 0.5), False), torch.randn(2, 64).bfloat16()
     for bias in (torch.zeros(16), torch.zeros(16).bfloat16()):

@@ -14,6 +14,7 @@ from gossamer.kernels._cuda_operands import rows_of
 from gossamer.kernels._nm24_cut import Cut, Gpu, Work
 from gossamer.kernels._nm24_pack import DEPTH, STAGE, STEPS, pack_matrix, unpack_matrix
 from gossamer.kernels.cuda_nm24 import CudaNm24
+from gossamer.kernels.cuda_nm24_vendor import CudaNm24Vendor
 from gossamer.nn import SparseLinear
 from gossamer.packs import Packs
 from gossamer.prepare import _shapes
@@ -158,16 +159,17 @@ def test_other_patterns_are_refused(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, with_bias: bool) -> None:
+def test_a_bound_product_launches_as_run_does(monkeypatch: pytest.MonkeyPatch, at, with_bias: bool) -> None:
     """Shapes that come back take the short way: the same launches, tensors of the same values and shapes."""
     seen: list[tuple] = []
 
-    def launch(self: nvrtc.Function, grid: tuple, block: tuple, *args, shared: int = 0) -> None:
-        stages, x, bias, y, *sizes = args
-        y.view(-1, 100).copy_(x.reshape(-1, x.shape[-1])[:, :100])
-        seen.append((repr(self), grid, block, stages.data_ptr(), x.flatten().tolist(), bias.tolist(), sizes, shared))
+    def start(self: nvrtc.Function, index: int, grid: tuple, block: tuple, shared: int, values: tuple) -> None:
+        stages, x, added, y, rows, cols, tokens, *sizes = values
+        given, held = at(x, tokens, cols), at(added, 1, rows).tolist() if with_bias else []
+        at(y, tokens, rows).copy_(given[:, :rows])
+        seen.append((repr(self), index, grid, block, stages, given.tolist(), held, sizes, shared))
 
-    monkeypatch.setattr(nvrtc.Function, "launch", launch)
+    monkeypatch.setattr(nvrtc.Function, "start", start)
     monkeypatch.setattr(cuda_nm24, "gpu", lambda index: H100)
     packed = CudaNm24.pack(NM.encode(sparse(100, 264)), torch.bfloat16)
     bias = torch.randn(100) if with_bias else None
@@ -228,3 +230,18 @@ def test_every_kind_of_cut(tokens: int) -> None:
     work = Work(500, 6, next(t for t in cuda_nm24.gpu(0).tiles if tokens <= 8 * t))
     for cut in list(_nm24_cut.cuts(work, cuda_nm24.gpu(0)))[::5]:
         check(a, x, cut=cut)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [4, 64])
+def test_nan_in_x_comes_out_where_a_stored_weight_meets_it(tokens: int) -> None:
+    """Of both kernels; what lies under a zero is not read by sparse tensor cores."""
+    a, x = sparse(64, 128).cuda(), torch.randn(tokens, 128, device="cuda").bfloat16()
+    x[2, 5] = math.nan
+    met = a[:, 5] != 0
+    for kernel, exactly in ((CudaNm24, True), (CudaNm24Vendor, False)):
+        packed = kernel.pack(NM.encode(a), a.dtype)
+        y, finite = (kernel.run(part, packed.tensors, packed.meta, None) for part in (x, x.nan_to_num(0.0)))
+        assert bool(y[2][met].isnan().all()) and not y[[0, 1, 3]].isnan().any()
+        if exactly:
+            assert torch.equal(y[2][~met], finite[2][~met])

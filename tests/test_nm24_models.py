@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gossamer
-from gossamer import dispatch, timing
+from gossamer import dispatch, patterns, timing
 from gossamer.hub.source import open_model
 from gossamer.nn import sparse_layers
 
@@ -64,6 +64,18 @@ def model(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path, mon
 
 def test_prompt_and_decode(model: nn.Module) -> None:
     check(model, set(), "cpu", torch.float32)
+
+
+def test_a_model_that_is_2_of_4_already_keeps_its_weights(tiny_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder).bfloat16()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "_proj" in n}
+    for layer in linears.values():
+        layer.weight.data = torch.where(patterns.nm(torch.rand(layer.weight.shape)), layer.weight, -0.0)
+    kept = {n: m.weight.detach().clone() for n, m in linears.items()}
+    found = sparse_layers(gossamer.compress(model, method="magnitude", ratio=7 / 16, format="nm24"))
+    assert found.keys() == kept.keys() and all(torch.equal(m.decode(), kept[n]) for n, m in found.items())
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import gossamer
 from gossamer import dispatch, formats, patterns
 from gossamer.formats import Format
 from gossamer.formats.product import Product
-from gossamer.nn import SparseLinear, describe, sparse_layers, swap
+from gossamer.nn import MAX_SHAPES, SparseLinear, describe, sparse_layers, swap
 
 FORMATS = formats.registry.names()
 M, K = 12, 20
@@ -74,8 +74,12 @@ def test_x_of_any_strides(a: Format) -> None:
 
 
 def test_wrong_number_of_features(a: Format) -> None:
-    with pytest.raises(ValueError, match=f"x has {K + 1} features .* the weight takes {K}"):
+    with pytest.raises(ValueError, match=f"x has {K + 1} features .* fix: pass the {K} that the weight takes"):
         SparseLinear.from_format(a)(torch.randn(3, K + 1))
+    with pytest.raises(ValueError, match=f"x has no dimensions; fix: pass the {K}"):
+        SparseLinear.from_format(a)(torch.tensor(1.0))
+    with torch.no_grad(), pytest.raises(ValueError, match="x has no dimensions"):
+        SparseLinear.from_format(a)(torch.tensor(1.0))
 
 
 def test_gradient_is_that_of_the_dense_layer(a: Format) -> None:
@@ -318,6 +322,127 @@ def test_the_short_way_is_not_taken_past_anybody(prepared: SparseLinear) -> None
     assert "gossamer.linear.default" in seen
     doubled = torch.func.functional_call(prepared, {"bias": 2 * prepared.bias}, (x.detach(),))
     torch.testing.assert_close(doubled, prepared(x.detach()) + prepared.bias)
+
+
+def add_one(module: nn.Module, args: object, y: torch.Tensor) -> torch.Tensor:
+    return y + 1
+
+
+def twice_x(module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    return 2 * args[0]
+
+
+class Plus(SparseLinear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize("where", ["layer", "everywhere"])
+def test_hooks_are_called(prepared: SparseLinear, where: str) -> None:
+    x, everywhere = torch.randn(3, K), nn.modules.module
+    after = prepared.register_forward_hook if where == "layer" else everywhere.register_module_forward_hook
+    before = prepared.register_forward_pre_hook if where == "layer" else everywhere.register_module_forward_pre_hook
+    with torch.no_grad():
+        plain, doubled = prepared(x), prepared(2 * x)
+        assert prepared._direct
+        with after(add_one):
+            assert torch.equal(prepared(x), plain + 1)
+        with before(twice_x):
+            assert torch.equal(prepared(x), doubled)
+        assert torch.equal(prepared(x), plain)
+
+
+@pytest.mark.parametrize("put", ["on the layer", "in its class", "by compile()"])
+def test_another_forward_is_called(prepared: SparseLinear, put: str) -> None:
+    x, forward = torch.randn(3, K), prepared.forward
+    with torch.no_grad():
+        plain = prepared(x)
+        if put == "on the layer":
+            prepared.forward = lambda x, more=1: forward(x) + more  # type: ignore[method-assign]
+            assert torch.equal(prepared(x, more=2), plain + 2)
+        elif put == "in its class":
+            prepared.__class__ = Plus
+        else:
+            prepared._compiled_call_impl = lambda x: forward(x) + 1
+        assert torch.equal(prepared(x), plain + 1) and torch.equal(prepared(x), plain + 1)
+
+
+def test_a_call_takes_x_by_its_name_and_nothing_else(prepared: SparseLinear) -> None:
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        assert torch.equal(prepared(x=x), prepared(x))
+        with pytest.raises(TypeError):
+            prepared(x, x)
+        with pytest.raises(TypeError):
+            prepared(x, more=1)
+
+
+def test_tracers_see_the_op(prepared: SparseLinear) -> None:
+    class Leaves(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return isinstance(m, SparseLinear)
+
+    model, x, z = nn.Sequential(prepared), torch.randn(3, K), torch.randn(3, K)
+    with torch.no_grad():
+        expected = model(z)
+        traced = torch.jit.trace(model, (x,), check_trace=False)
+        torch.testing.assert_close(traced(z), expected)
+        graph = torch.fx.GraphModule(model, Leaves().trace(model))
+        assert [n.op for n in graph.graph.nodes] == ["placeholder", "call_module", "output"]
+        torch.testing.assert_close(graph(z), expected)
+
+
+@pytest.fixture
+def dense() -> SparseLinear:
+    """Prepared, and its choice is torch's own product."""
+    layer = SparseLinear.from_format(stored("bitmask"), torch.randn(M))
+    step = dispatch.Step("vendor", (len(layer.parts()),), {})
+    layer.use(torch.float32, [(512, (step,))], (layer.decode(torch.float32),))
+    return layer
+
+
+def test_torchs_own_product_is_seen_by_all(dense: SparseLinear) -> None:
+    x, tangent, seen = torch.randn(3, K), torch.randn(3, K), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = [dense(x), dense(x)][-1]
+        assert x.shape in dense._direct[0]
+        with Watch():
+            y = dense(x)
+        torch.testing.assert_close(y, expected)
+        assert "aten.addmm.default" in seen and "gossamer.linear.default" not in seen
+        torch.testing.assert_close(torch.func.vmap(dense)(x), expected)
+        torch.testing.assert_close(torch.func.vmap(dense)(x[:, None]), expected[:, None])
+    found, moved = torch.func.jvp(dense, (x,), (tangent,))
+    torch.testing.assert_close((found, moved), (expected, tangent @ dense.decode(torch.float32).mT))
+    dense(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, dense.decode(torch.float32).sum(0).expand(3, K))
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{K + 1} features"):
+        dense(torch.randn(3, K + 1))
+
+
+def test_shapes_without_end(dense: SparseLinear) -> None:
+    with torch.no_grad():
+        for tokens in (*range(2 * MAX_SHAPES), 0, 600, 1):
+            x = torch.randn(1, tokens, K)
+            torch.testing.assert_close(dense(x), nn.functional.linear(x, dense.decode(torch.float32), dense.bias))
+        assert 0 < len(dense._direct[0]) <= MAX_SHAPES
+        assert dense(x.double()).dtype == torch.float64
+
+
+def test_a_bias_of_another_dtype_is_read_on_every_call() -> None:
+    layer, x = SparseLinear.from_format(stored("bitmask", torch.bfloat16), torch.zeros(M)), torch.randn(3, K).bfloat16()
+    dense = layer.decode(torch.bfloat16)
+    layer.use(torch.bfloat16, [(512, (dispatch.Step("vendor", (len(layer.parts()),), {}),))], (dense,))
+    with torch.no_grad():
+        before = [layer(x), layer(x)][-1]
+        layer.bias.add_(100)
+        torch.testing.assert_close(layer(x), before + 100, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("edit", ["assigned", "in place", "assigned in the lender", "in place in the lender"])

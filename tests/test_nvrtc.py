@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer import driver, nvrtc
+from gossamer import cslt_library, cusparse, driver, nvrtc
 
 pytest.importorskip("cuda.core", reason="needs the extra: pip install 'gossamer[cuda]'")
 
@@ -132,6 +132,15 @@ def test_a_missing_driver_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(driver.ctypes, "CDLL", absent)
     with pytest.raises(nvrtc.LaunchError, match="install the NVIDIA driver"):
         driver.library.__wrapped__()
+
+
+def test_torch_for_cuda_without_a_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `pip install torch` leaves it on a machine that has none."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "present", driver.present.__wrapped__)
+    for library in (nvrtc, cusparse, cslt_library):
+        assert library.refusal(torch.device("cuda")) == "an NVIDIA GPU"
 
 
 def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,31 @@ def test_bad_input() -> None:
         gossamer.prepare(nn.ModuleDict({"a": SparseLinear.from_format(sparse(3, 5))}), tokens=[])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"tokens": 16}, TypeError, r"numbers of tokens, not 16; fix: pass a list"),
+        ({"tokens": "16"}, TypeError, r"numbers of tokens, not '16'; fix: pass a list"),
+        ({"tokens": [1, 2.5]}, TypeError, r"whole numbers of tokens, not 2.5; fix"),
+        ({"dtype": "bfloat16"}, TypeError, r"not 'bfloat16'; fix: dtype=torch.bfloat16"),
+        ({"dtype": torch.int8}, TypeError, r"not torch.int8; fix"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, r"not torch.float8_e4m3fn; fix"),
+        ({"dense_memory": "1GB"}, ValueError, r"'1GB', no number of bytes; fix"),
+        ({"dense_memory": -1}, ValueError, r"-1, no number of bytes; fix"),
+        ({"dense_memory": float("nan")}, ValueError, r"nan, no number of bytes; fix"),
+    ],
+)
+def test_arguments_of_other_kinds(wrong: dict, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        gossamer.prepare(nn.ModuleDict({"a": SparseLinear.from_format(sparse(3, 5))}), **wrong)
+
+
+def test_memory_without_end(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed(monkeypatch, {"vendor": 0.5})
+    gossamer.prepare(model, tokens=SIZES, dense_memory=float("inf"))
+    assert all(ways(m) == [["vendor"]] for m in model.values())
+
+
 def test_a_prepared_layer_compiles_saves_copies_and_moves(tmp_path: Path) -> None:
     layer = SparseLinear.from_format(sparse(24, 40), torch.randn(24))
     model = nn.ModuleDict({"a": layer})

@@ -18,8 +18,10 @@ from torch.nn.functional import linear
 import gossamer
 from gossamer import dispatch, timing
 from gossamer.formats.bitmask import Bitmask
-from gossamer.kernels import Kernel, Packed, cuda_lscd, registry
+from gossamer.formats.nm24 import NM
+from gossamer.kernels import Case, Kernel, Packed, cuda_lscd, registry
 from gossamer.nn import MOVED, SparseLinear
+from gossamer.patterns import nm
 
 ROWS = {"q_proj": 96, "k_proj": 32, "v_proj": 32, "o_proj": 72}
 WIDTH = 104
@@ -308,6 +310,34 @@ def test_dense_copies_on_a_gpu(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.o_proj.released, "it comes back from the dense copy"
     assert model.o_proj.held_bytes == 2 * WIDTH * ROWS["o_proj"]
     same_bits(model, plain)
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_a_gpu_has_no_memory_for(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "race", lambda runners, *_: {n: TIMES.get(n, 9.0) for n in runners})
+    dispatch.forget()
+    a = torch.randn(64, 128).bfloat16()
+    plain = SparseLinear.from_format(NM.encode((a * nm(a.float().abs())).cuda()))
+    layer, kernel, asked = copy.deepcopy(plain), registry["cuda_nm24_vendor"], []
+
+    def hungry(cls, a, dtype):
+        asked.append(a.shape)
+        return Packed((torch.empty(1 << 50, dtype=dtype, device="cuda"),))
+
+    if kernel.refuses(Case(plain.spec, plain.device, torch.bfloat16, 512)):
+        pytest.skip("the library's products of 2:4 matrices are not for this GPU")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "pack", classmethod(hungry))
+        gossamer.prepare(layer, dtype=torch.bfloat16, dense_memory=0)
+    assert asked and "no memory to try out cuda_nm24_vendor; layers run without it" in caplog.text
+    chosen = {s.kernel for _, way in dispatch.route(layer.layout).ways for s in way}
+    assert "cuda_nm24" in chosen and kernel.name not in chosen
+    x = torch.randn(3, 128, device="cuda").bfloat16()
+    with torch.no_grad():
+        same(layer(x), plain(x))
 
 
 @pytest.mark.gpu

@@ -37,12 +37,17 @@ _library.define(
 
 
 def quantized(a: Tensor) -> tuple[Tensor, Tensor]:
-    """`a` [M, K] in e4m3, and float32 [M] to multiply its rows with: the least powers of two under which they fit."""
+    """`a` [M, K] in e4m3, and float32 [M] to multiply its rows with: the least powers of two under which they fit.
+
+    A row with an infinity, which e4m3 does not have, is multiplied with NaN.
+    """
     most = a.abs().amax(-1).float() / MOST
     fraction, exponent = torch.frexp(most)
     scale = torch.ldexp(torch.ones_like(most), exponent - (fraction == 0.5).int())
-    scale = torch.where(most > 0, scale, 1.0)
-    return (a.float() / scale.unsqueeze(-1) + 0.0).to(E4M3), scale  # -0.0 is no zero to cslt.compress
+    endless = most.isinf()
+    scale = torch.where((most > 0) & ~endless, scale, 1.0)
+    bits = (a.float() / scale.unsqueeze(-1) + 0.0).to(E4M3)  # -0.0 is no zero to cslt.compress
+    return bits, torch.where(endless, torch.nan, scale)
 
 
 def quantized_whole(a: Tensor, scale: float | None = None) -> tuple[Tensor, float]:

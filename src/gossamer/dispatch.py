@@ -49,8 +49,9 @@ class Step:
     def run(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return self._run(x, [parts[i] for i in self.at], self.meta, bias)
 
-    def bind(self, parts: Sequence[Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        return registry[self.kernel].bind([parts[i] for i in self.at], self.meta, bias)
+    def bind(self, parts: Sequence[Tensor], bias: Tensor | None) -> tuple[Callable[[Tensor], Tensor], bool]:
+        kernel = registry[self.kernel]
+        return kernel.bind([parts[i] for i in self.at], self.meta, bias), kernel.transparent
 
     def unpack(self, parts: Sequence[Tensor]) -> Tensor | None:
         """The matrix, dense, if the kernel's operands hold it exactly."""
@@ -63,7 +64,8 @@ class Step:
 
 Way = tuple[Step, ...]
 Ways = Sequence[tuple[int, Way]]  # (up to so many tokens, the way), ascending
-Bound = list[tuple[float, Callable[[Tensor], Tensor]]]  # (up to so many elements of x, a function of x), ascending
+# (up to so many elements of x, a function of x, is it a `transparent` kernel's), ascending
+Bound = list[tuple[float, Callable[[Tensor], Tensor], bool]]
 
 
 def to_layout(spec: Spec, dtype: torch.dtype | None = None, ways: Ways = (), source: Step | None = None) -> str:
@@ -111,12 +113,11 @@ class Route:
         return formats.from_spec(self.spec, dict(zip(self.names, parts, strict=False)))
 
     def linear(self, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """x A^T + bias in the dtype of x. ValueError if x has another number of features."""
+        """x A^T + bias in the dtype of x. ValueError if x has no features or another number of them."""
         shape = x.shape
-        if shape[-1] != self.width:
-            raise ValueError(
-                f"gossamer::linear: x has {shape[-1]} features in its last dimension, the weight takes {self.width}"
-            )
+        if not shape or shape[-1] != self.width:
+            found = f"{shape[-1]} features in its last dimension" if shape else "no dimensions"
+            raise ValueError(f"gossamer::linear: x has {found}; fix: pass the {self.width} that the weight takes")
         tokens = x.numel() // self.width if self.width else math.prod(shape[:-1])
         if x.dtype == self.dtype:
             way = self.way(tokens)
@@ -135,8 +136,10 @@ class Route:
     def bind(self, parts: Sequence[Tensor], bias: Tensor | None) -> Bound:
         """What `linear` does with x of the dtype prepared for, up to the first way of two steps."""
         one = list(takewhile(lambda way: len(way[1]) == 1, self.ways))
-        bound: Bound = [(upto * self.width, way[0].bind(parts, bias)) for upto, way in one]
-        return [*bound, (math.inf, bound[-1][1])] if bound and len(one) == len(self.ways) else bound
+        bound: Bound = [(upto * self.width, *way[0].bind(parts, bias)) for upto, way in one]
+        if bound and len(one) == len(self.ways):
+            bound[-1] = math.inf, *bound[-1][1:]
+        return bound
 
     def runs_on(self, device: torch.device) -> bool:
         """Are all kernels of the choices for this kind of device, and what they packed for it, too?"""

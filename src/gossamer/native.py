@@ -288,7 +288,7 @@ def _in_and_out(x: Tensor, rows: int, cols: int, most: int | None = MAX_TOKENS) 
     """
     *lead, features = shape = x.shape
     if features != cols:
-        raise ValueError(f"x has {features} features in its last dimension, the weight takes {cols}")
+        raise ValueError(f"x has {features} features in its last dimension; fix: pass the {cols} that the weight takes")
     if not x.is_cpu:
         raise ValueError(f"x lies on {x.device}, the weight on the CPU; fix: move one of them")
     y = x.new_empty(*lead, rows)  # spread out: a tuple takes half as long again

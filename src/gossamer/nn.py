@@ -6,14 +6,17 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from . import dispatch, formats, ops
 from .formats import Format, Spec
+from .ops import grad, is_compiling
 from .stack import Stack
 
 log = logging.getLogger("gossamer")
@@ -21,6 +24,12 @@ log = logging.getLogger("gossamer")
 VALUES = ("weight", "scale", "right_weight")  # of a stored matrix, at most two of these
 
 Calls = tuple[torch.dtype | None, Tensor | None, dispatch.Bound]  # of x, for this bias
+Known = dict[torch.Size, tuple[Callable[[Tensor], Tensor], bool]]
+Seen = tuple[Tensor | None, int | None, Tensor | None, int | None]
+# The same past `nn.Module`: what is called for an x that was there before, of this dtype; the layer's parameters, and
+# the bias as it was bound; hooks that must be none; up to two tensors and their versions; all calls, the stack's first.
+Direct = tuple[Known, torch.dtype, dict, Tensor | None, dict, dict, *Seen, dispatch.Bound]
+MAX_SHAPES = 64  # of x, that calls are known for
 EDITED = "a prepared layer's tensors were edited and it runs as it is stored; fix: call gossamer.prepare(model) again"
 MOVED = "a prepared layer moved to another device; fix: call gossamer.prepare(model) again"
 
@@ -35,6 +44,8 @@ class SparseLinear(nn.Module):
     On a GPU what was packed takes their place (`released`): they are made again from it, bit for bit, whenever they are
     asked for, by `state_dict`, by name, or because the layer moves.
     """
+
+    _direct: Direct | tuple[()] | None = None  # None: to be made; (): there is no such way
 
     def __init__(
         self,
@@ -207,15 +218,39 @@ class SparseLinear(nn.Module):
         log.warning(EDITED)
         self.unprepare()
 
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`forward` between its hooks. Where nothing but the product is to be done, `nn.Module` is passed by.
+
+        It takes as long as a small product, and a step of decoding makes hundreds of calls.
+        """
+        if is_compiling():  # the rest of `nn.Module.__call__`: what is read here is checked before every token
+            return nn.Module._call_impl(self, x, *args, **kwargs)
+        if (direct := self._direct) and type(x) is Tensor and not (grad() or args or kwargs):
+            known, dtype, own, bias, hooks, pre_hooks, first, version, second, other, _ = direct
+            if (
+                (found := known.get(x.shape))
+                and x.dtype == dtype
+                and own["bias"] is bias
+                and not (hooks or pre_hooks or _global_forward_hooks or _global_forward_pre_hooks)
+                and (first is None or first._version == version)
+                and (second is None or second._version == other)
+                and (found[1] or ops.unobserved())
+            ):
+                return found[0](x)
+        return super().__call__(x, *args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
-        if ops.is_compiling():
+        if is_compiling():
             if ops.inference(x):
                 return torch.ops.gossamer.part(x, self._address)
         elif (watched := self.watched) is not None and watched[0]._version + watched[1]._version != self.seen:
             self.start_over()  # as `edited` says, without the time of a call
+        plain = ops.plain(x)
+        if plain:
+            self._remember(x)
         if (stack := self._stack) is not None and stack.takes(x):
             return stack.part(self._place, x)
-        if ops.plain(x):
+        if plain:
             return self._run(x)
         return ops.linear(x, self._operands(), self.layout, self._parameters["bias"])
 
@@ -227,11 +262,11 @@ class SparseLinear(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         # Past all that is the same in the hundreds of a step.
-        if x.shape[-1] == self.in_features:
+        if x.ndim and x.shape[-1] == self.in_features:
             dtype, bias, bound = self._calls or self._bind()
             if x.dtype == dtype and bias is self._parameters["bias"]:
                 size = x.numel()
-                for most, call in bound:
+                for most, call, _ in bound:
                     if size <= most:
                         return call(x)
         return dispatch.route(self.layout).linear(x, self._operands(), self._parameters["bias"])
@@ -245,6 +280,32 @@ class SparseLinear(nn.Module):
         bound = found.bind(self._operands(), bias) if self.in_features else []
         self._calls = found.dtype, bias, bound
         return self._calls
+
+    def _remember(self, x: Tensor) -> None:
+        """Let `__call__` know what it may call for an x of this shape."""
+        if self._direct is None:
+            self.__dict__["_direct"] = self._to_direct()
+        if self._direct:
+            known, dtype, *_, bound = self._direct
+            found = next((calls[1:] for calls in bound if x.numel() <= calls[0]), None)
+            if found and x.dtype == dtype and x.ndim and x.shape[-1] == self.in_features:
+                if len(known) >= MAX_SHAPES:
+                    known.clear()
+                known[x.shape] = found
+
+    def _to_direct(self) -> Direct | tuple[()]:
+        """What `__call__` needs; nothing where a call is more than the product or the layer was not prepared."""
+        dtype, bias, bound = self._calls or self._bind()
+        if (stack := self._stack) is not None:
+            bound = [(stack.most, partial(stack.part, self._place), False), *bound] if stack.dtype == dtype else []
+        changed = "forward" in self.__dict__ or type(self).forward is not SparseLinear.forward
+        if dtype is None or not bound or changed or self._compiled_call_impl is not None:
+            return ()
+        first, second = self.watched or (None, None)
+        second = None if second is first else second
+        versions = [None if t is None else t._version for t in (first, second)]
+        hooks = self._forward_hooks, self._forward_pre_hooks
+        return {}, dtype, self._parameters, bias, *hooks, first, versions[0], second, versions[1], bound
 
     def extra_repr(self) -> str:
         held = " x ".join(s["format"] for s in (self.spec.get("left"), self.spec.get("right")) if s)
@@ -266,12 +327,13 @@ class SparseLinear(nn.Module):
             old = held["_parameters"].get(name)
             if old is not None and name.startswith("right_") and not old.is_inference():
                 increment_version(old)  # for those that borrow it
+        held["_direct"] = None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.edited:
             self.start_over()
-        return self.__dict__ | {"_calls": None, "watched": None}
+        return self.__dict__ | {"_calls": None, "_direct": None, "watched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

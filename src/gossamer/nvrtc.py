@@ -83,12 +83,22 @@ class Function:
         A tensor passes its address; `shared` is dynamic shared memory in bytes. Shapes, dtypes and devices are the
         caller's business. Raises ImportError (no `cuda.core`), CompileError, LaunchError.
         """
-        device = args[0].get_device()  # type: ignore[union-attr]
+        values = *map(_address, args[: self._pointers]), *args[self._pointers :]  # type: ignore[arg-type]
+        self.start(args[0].get_device(), grid, block, shared, values)  # type: ignore[union-attr]
+
+    def start(
+        self,
+        device: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        values: tuple[float | bytes, ...],
+    ) -> None:
+        """`launch` for one that knows the device, and of the tensors, all there, the addresses."""
         handle = self._handles.get(device) or self._load(device)
         if device != _current_device():
             with torch.cuda.device(device):
-                return self.launch(grid, block, *args, shared=shared)
-        values = *map(_address, args[: self._pointers]), *args[self._pointers :]  # type: ignore[arg-type]
+                return self.start(device, grid, block, shared, values)
         stream, launch = _current_stream(device), driver.launcher()
         error = launch(handle, self.args, stream, shared, grid, block, *values)
         if error == driver.NO_CONTEXT:
@@ -120,7 +130,7 @@ def null(device: torch.device) -> torch.Tensor:
 
 def refusal(device: torch.device) -> str | None:
     """Why kernels of ours cannot run on this device (it completes "it needs ..."), or None if they can."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda" or not driver.present():
         return "an NVIDIA GPU"
     return _refusal(torch.cuda.current_device() if device.index is None else device.index)
 
@@ -179,7 +189,7 @@ def compile(file: str, macros: Mapping[str, int | str], arch: str) -> bytes:
     core = _core()
     source = read(file)
     defines = [(name, str(value)) for name, value in sorted(macros.items())]
-    options = core.ProgramOptions(name=file, arch=arch, define_macro=defines or None)
+    options = core.ProgramOptions(name=Path(file).name, arch=arch, define_macro=defines or None)
     key = core.make_program_cache_key(code=source, code_type="c++", options=options, target_type="cubin")
     if (binary := _recall(key)) is not None:
         return binary

@@ -97,9 +97,10 @@ def linear(x: Tensor, parts: Sequence[Tensor], layout: str, bias: Tensor | None)
 
 # Not `is_compiling`, which takes longer: what it knows besides, an export that is not traced, has modes of its own.
 is_compiling = torch.compiler.is_dynamo_compiling
-_grad = torch.is_grad_enabled
+grad = torch.is_grad_enabled
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level  # type: ignore[attr-defined]
+_tracing = torch._C._is_tracing
 
 
 def inference(x: Tensor) -> bool:
@@ -109,10 +110,15 @@ def inference(x: Tensor) -> bool:
 
 
 def plain(x: Tensor) -> bool:
-    """Is there nobody who would have to see an op: no compiler, gradient, mode, transform or kind of tensor?"""
-    if is_compiling() or _grad() or type(x) is not Tensor:
+    """Is there nobody who would have to see an op: no compiler, tracer, gradient, mode, transform or kind of tensor?"""
+    return type(x) is Tensor and not (is_compiling() or grad()) and unobserved()
+
+
+def unobserved() -> bool:
+    """Is no mode, tracer or transform at work here?"""
+    if _dispatch_modes() or _function_modes() or _tracing():
         return False
-    return not (_dispatch_modes() or _function_modes() or transformed())
+    return _transform() is None and forward_ad._current_level < 0  # `transformed`, written out
 
 
 def transformed() -> bool:

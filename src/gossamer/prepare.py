@@ -8,6 +8,7 @@ On a GPU what a kernel packed takes the place of the stored tensors, once these 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from .race import Group, Option, Race
 
 # Tokens timed on a GPU whatever was asked for: kernels made for few serve no prompt, and 2:4 pays at thousands.
 PREFILL = (512, 1024, 2048, 4096)
+ENDLESS = 2.0**62  # bytes
 
 Progress = Callable[[int, int, str], None]  # done, total, what is being timed
 
@@ -48,8 +50,9 @@ def prepare(
     `dense_memory`: bytes that dense copies may take in all, by default half of what is free. `kernel`: use this one
     wherever its format is; KernelError if it cannot. `lock`: the file that keeps the timings, by default one per
     machine in the cache folder; `again` measures anew. Call it again after the model moved or changed its dtype.
-    Raises ValueError if the model has no sparse layer.
+    Raises ValueError if the model has no sparse layer or `dense_memory` is no such number, TypeError for other kinds.
     """
+    _check(tokens := _listed(tokens), dtype, dense_memory)
     layers = sparse_layers(model)
     if not layers:
         raise ValueError("the model has no sparse layer; fix: gossamer.compress it, or gossamer.load a compressed one")
@@ -82,6 +85,21 @@ def prepare(
     return describe(model, dtype, opened)
 
 
+def _listed(tokens: Iterable[int]) -> list[int]:
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise TypeError(f"prepare takes numbers of tokens, not {tokens!r}; fix: pass a list, tokens=[1, 16]")
+    return list(tokens)
+
+
+def _check(tokens: list[int], dtype: torch.dtype | None, dense_memory: float | None) -> None:
+    if wrong := [n for n in tokens if not isinstance(n, Integral)]:
+        raise TypeError(f"prepare takes whole numbers of tokens, not {wrong[0]!r}; fix: tokens=[1, 16]")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise TypeError(f"prepare takes a dtype that layers compute in, not {dtype!r}; fix: dtype=torch.bfloat16")
+    if dense_memory is not None and not (isinstance(dense_memory, Real) and dense_memory >= 0):
+        raise ValueError(f"dense_memory is {dense_memory!r}, no number of bytes; fix: dense_memory=2e9, or 0 for none")
+
+
 def _install(layers: Mapping[str, SparseLinear], groups: Iterable[Group], races: Mapping[torch.device, Race]) -> None:
     """Every layer gets what was granted to its group, and those that read one input what they share."""
     chosen = {layer: group for group in groups for layer in group.layers}
@@ -110,7 +128,7 @@ def _grant(groups: list[Group], dense_memory: float | None) -> None:
     if dense_memory is None:
         room = {d: machine.free_memory(d) / 2 for d in {g.layers[0].device for g in groups}}
     else:
-        room = dict.fromkeys((g.layers[0].device for g in groups), float(dense_memory))
+        room = dict.fromkeys((g.layers[0].device for g in groups), min(float(dense_memory), ENDLESS))
     while found := [(gain / o.nbytes, g, o) for g in groups for o in _open(g) if (gain := g.gain(o)) > 0]:
         _, group, option = max(found, key=lambda entry: entry[0])
         device = group.layers[0].device

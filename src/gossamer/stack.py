@@ -54,7 +54,7 @@ class Stack:
         self.operands = list(operands)
         self.dtype, self.tokens = dtype, ways[-1][0]
         self._width = a.shape[1]
-        self._limit = self.tokens * self._width  # elements of x
+        self.most = self.tokens * self._width  # elements of x
         self.held: tuple[Tensor, int, dict[int, Tensor]] | None = None
         self._bound: dispatch.Bound | None = None
         self._number = ops.number(self)
@@ -71,12 +71,12 @@ class Stack:
 
     def takes(self, x: Tensor) -> bool:
         """Is x of the dtype and size that the stack is for? Gradients go through the layers themselves."""
-        return x.numel() <= self._limit and x.dtype == self.dtype and not torch.is_grad_enabled()
+        return x.numel() <= self.most and x.dtype == self.dtype and not torch.is_grad_enabled()
 
     def shared(self, i: int) -> ops.Shared:
         """Where layer i's rows are in the product, and of which x it is made."""
         begin, kind = sum(self.rows[:i]), dtype_name(self.dtype)
-        return ops.Shared(self._number, sum(self.rows), begin, self._limit, kind)
+        return ops.Shared(self._number, sum(self.rows), begin, self.most, kind)
 
     def part(self, i: int, x: Tensor) -> Tensor:
         """Layer i's rows of the product with x. A layer never gets the same answer twice, so none is out of date."""
@@ -98,7 +98,7 @@ class Stack:
 
     def run(self, x: Tensor) -> Tensor:
         """The whole product, without gradient."""
-        if x.shape[-1] == self._width:
+        if x.ndim and x.shape[-1] == self._width:
             bound = self._bound or self._bind()
             versions = 0
             for t in self._watched:
@@ -106,7 +106,7 @@ class Stack:
             if versions != self._seen:
                 return self._apart(x)
             size = x.numel()
-            for most, call in bound:
+            for most, call, _ in bound:
                 if size <= most:
                     return call(x)
         return dispatch.route(self.layout).linear(x, self.operands, self.bias)

@@ -51,6 +51,7 @@ class Kernel(ABC):
     name: ClassVar[str]
     device: ClassVar[str]  # torch's device type, or "any"
     formats: ClassVar[tuple[str, ...]]  # what `pack` takes as it is stored; a kernel of "dense" takes a dense copy, too
+    transparent: ClassVar[bool] = False  # `bind` is an op of torch's own, which its modes and tracers see by itself
 
     @classmethod
     @abstractmethod

@@ -17,9 +17,12 @@ MAX_SHAPES = 64  # of x, that a layer keeps the short way for
 
 
 class Launch(Protocol):
-    """A launch, all but its tensors: x [N, K] as `rows_of` leaves it, the bias as `bias_of` does, y [N, M]."""
+    """A launch on the GPU `device`, all but its tensors, of which it is told the addresses.
 
-    def run(self, packed: Sequence[Tensor], x: Tensor, bias: Tensor, y: Tensor) -> None: ...
+    x [N, K] as `rows_of` leaves it, the bias as `bias_of` does, y [N, M].
+    """
+
+    def run(self, device: int, packed: tuple[int, ...], x: int, bias: int, y: int) -> None: ...
 
 
 def dtype_of(meta: dict[str, Any]) -> torch.dtype:
@@ -64,14 +67,16 @@ def by_shape(
     """
     ready = dict[torch.Size, tuple[Launch, torch.Size]]()
     index, held = packed[0].get_device(), bias_of(bias, packed[0].new_empty(0, dtype=dtype_of(meta)))
+    at = tuple(t.data_ptr() for t in packed)
     if bias is not None and held.data_ptr() != bias.data_ptr():
         return run  # a copy would not see the bias change
 
     def product(x: Tensor) -> Tensor:
         found = ready.get(x.shape)
-        if found and x.is_contiguous() and x.data_ptr() % 16 == 0 and x.get_device() == index:
-            y = x.new_empty(found[1])
-            found[0].run(packed, x, held, y)
+        if found and (begin := x.data_ptr()) % 16 == 0 and x.is_contiguous() and x.get_device() == index:
+            launch, shape = found
+            y = x.new_empty(shape)
+            launch.run(index, at, begin, held.data_ptr(), y.data_ptr())
             return y
         y = run(x)
         tokens = x.shape[:-1].numel()

@@ -6,8 +6,9 @@ For few tokens, where the time of a product is the time of reading the weight. S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ._lscd_pack import DEPTH, LINE, STEPS, head_bytes, pack_matrix, share_of_it
 
 MAX_TOKENS = 256
 LOAD_RATE = 28000  # bytes per microsecond and processor, as NOT_HIDDEN was measured
+MAX_MAPS = 64  # of a launch
 ROOM = 256  # bytes that the largest stage is rounded to, so that layers alike share a cut
 # How much of the time to multiply a stage does not hide behind its loading, on the largest matrices; by words.
 NOT_HIDDEN = {False: 0.044, True: 0.0245}
@@ -121,11 +123,13 @@ def launch(
 ) -> None:
     """y [N, M] = x [N, K] A^T + bias, for as many rows of x as one launch takes, whole COLUMNS long (`rows_of`)."""
     tokens, cols = x.shape
-    call = planned(tokens, cols, meta, packed[0].numel() // LINE, gpu(x.get_device()), cut)
-    call.run(packed, x, bias_of(bias, x), y)
+    index, held = x.get_device(), bias_of(bias, x)
+    call = planned(tokens, cols, meta, packed[0].numel() // LINE, gpu(index), cut)
+    call.run(index, tuple(t.data_ptr() for t in packed), x.data_ptr(), held.data_ptr(), y.data_ptr())
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Launch:
     """A launch, all but its tensors."""
 
     kernel: nvrtc.Function
@@ -134,10 +138,16 @@ class Launch(NamedTuple):
     sizes: tuple[int, ...]
     shared: int  # bytes
     x_map: tuple[int, int, int, int, bool] | None  # what `tensor_map` asks for; no GPU before Hopper has it
+    maps: dict[int, bytes] = field(default_factory=dict)  # by the address of x, which comes back
 
-    def run(self, packed: Sequence[Tensor], x: Tensor, bias: Tensor, y: Tensor) -> None:
-        x_map = tensor_map(x.get_device(), x.data_ptr(), *self.x_map) if self.x_map else NO_MAP
-        self.kernel.launch(self.grid, self.block, *packed, x, bias, y, *self.sizes, x_map, shared=self.shared)
+    def run(self, device: int, packed: tuple[int, ...], x: int, bias: int, y: int) -> None:
+        x_map = self.maps.get(x) or self._map(device, x)
+        self.kernel.start(device, self.grid, self.block, self.shared, (*packed, x, bias, y, *self.sizes, x_map))
+
+    def _map(self, device: int, x: int) -> bytes:
+        if len(self.maps) >= MAX_MAPS:
+            self.maps.clear()
+        return self.maps.setdefault(x, tensor_map(device, x, *self.x_map) if self.x_map else NO_MAP)
 
 
 def planned(tokens: int, cols: int, meta: dict[str, Any], lines: int, device: Gpu, cut: Cut | None = None) -> Launch:

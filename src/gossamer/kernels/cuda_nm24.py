@@ -7,8 +7,9 @@ all. See docs/kernels/nm24.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -123,10 +124,13 @@ def launch(
     x: Tensor, stages: Tensor, meta: dict[str, Any], bias: Tensor | None, y: Tensor, cut: Cut | None = None
 ) -> None:
     """y [N, M] = x [N, K] A^T + bias, for at most 64 rows of x, as `rows_of` leaves them."""
-    planned(x.shape[0], x.shape[1], meta, gpu(x.get_device()), cut).run([stages], x, bias_of(bias, x), y)
+    index, held = x.get_device(), bias_of(bias, x)
+    call = planned(x.shape[0], x.shape[1], meta, gpu(index), cut)
+    call.run(index, (stages.data_ptr(),), x.data_ptr(), held.data_ptr(), y.data_ptr())
 
 
-class Launch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Launch:
     """A launch, all but its tensors."""
 
     kernel: nvrtc.Function
@@ -135,8 +139,8 @@ class Launch(NamedTuple):
     sizes: tuple[int, ...]
     shared: int  # bytes
 
-    def run(self, packed: Sequence[Tensor], x: Tensor, bias: Tensor, y: Tensor) -> None:
-        self.kernel.launch(self.grid, self.block, *packed, x, bias, y, *self.sizes, shared=self.shared)
+    def run(self, device: int, packed: tuple[int, ...], x: int, bias: int, y: int) -> None:
+        self.kernel.start(device, self.grid, self.block, self.shared, (*packed, x, bias, y, *self.sizes))
 
 
 def planned(tokens: int, width: int, meta: dict[str, Any], device: Gpu, cut: Cut | None = None) -> Launch:

@@ -86,7 +86,9 @@ class CudaNm24Vendor(Kernel):
     @classmethod
     def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         a, dtype, ready = packed[0], dtype_of(meta), dict[torch.Size, Callable[[Tensor], Tensor]]()
-        index, bias = a.get_device(), None if bias is None else bias.to(dtype).contiguous()
+        index = a.get_device()
+        if bias is not None and (bias.dtype != dtype or not bias.is_contiguous()):
+            return super().bind(packed, meta, bias)  # a copy would not see the bias change
 
         def product(x: Tensor) -> Tensor:
             call = ready.get(x.shape)

@@ -53,5 +53,7 @@ def _matmul(x: Tensor, a: Format) -> Tensor:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What x is computed in."""
+    """What x is computed in. TypeError for integers and complex numbers: a result in their dtype would lose much."""
+    if not x.is_floating_point():
+        raise TypeError(f"a layer multiplies real floating numbers, not {x.dtype}; fix: pass x.float()")
     return x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ class Vendor(Kernel):
     name: ClassVar[str] = "vendor"
     device: ClassVar[str] = "any"
     formats: ClassVar[tuple[str, ...]] = ("dense",)
+    transparent: ClassVar[bool] = True
 
     @classmethod
     def refuses(cls, case: Case) -> str | None:
@@ -39,7 +40,10 @@ class Vendor(Kernel):
     @classmethod
     def bind(cls, packed: Sequence[Tensor], meta: dict[str, Any], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         weight = packed[0]
-        bias = None if bias is None else bias.to(weight.dtype)
+        if bias is None:
+            return lambda x: linear(x, weight)
+        if bias.dtype != weight.dtype:
+            return super().bind(packed, meta, bias)  # a copy would not see the bias change
         return lambda x: linear(x, weight, bias)
 
     @classmethod
