@@ -4,13 +4,13 @@
     python benchmarks/bench_spmm.py --packing               # choosing, reordering and packing of 10^7 entries
     python benchmarks/bench_spmm.py --summarise             # the figures of the newest lines
 
-Timed hot (one set of operands, so that what fits the L2 cache stays there), as replayed CUDA graphs; cuSPARSE is
-prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. Every choice is made afresh, by timings of its
-own: "default" is the way that `SparseMatrix` chose, in `choosing_ms`; "predicted" that of `measure=False`, "measured"
-that of `measure=True`; "measured_free" the same with `deterministic=False`. What they took is looked up in
-"candidates", which are all ways but hopeless ones of ours, timed side by side with "baselines"; of them "left_out" are
-those that need `deterministic=False`, and two runs of those in "unstable" did not agree. "ours" is the default's.
-`packing_ms` is what predicting, reordering and packing took.
+Timed hot (what fits the L2 cache stays there), as replayed CUDA graphs, a small B at several addresses (`duel.copies`);
+cuSPARSE is prepared (cusparseSpMM_preprocess) outside the timing, as our packing is. Every choice is made afresh, by
+timings of its own: "default" is the way that `SparseMatrix` chose, in `choosing_ms`; "predicted" that of
+`measure=False`, "measured" that of `measure=True`; "measured_free" the same with `deterministic=False`. What they took
+is looked up in "candidates", which are all ways but hopeless ones of ours, timed side by side with "baselines"; of them
+"left_out" are those that need `deterministic=False`, and two runs of those in "unstable" did not agree. "ours" is the
+default's. `packing_ms` is what predicting, reordering and packing took.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple
 from functools import partial
@@ -35,7 +35,7 @@ import bsr
 import spmm_matrices
 from gossamer import cusparse, nvrtc, timing
 from gossamer.matrix import SparseMatrix
-from gossamer.spmm import Csr, Way, memory, model
+from gossamer.spmm import Csr, Way, duel, memory, model
 from gossamer.spmm.choice import MEASURED, Chooser
 from gossamer.spmm.kernels import cuda_rows, cuda_windows
 from gossamer.spmm.kernels import cusparse as cusparse_kernel
@@ -43,8 +43,10 @@ from results import append, environment
 from spmm_lines import ERRORS, PRECISIONS, RESULTS, WIDTHS, summarise
 
 BLOCKED = ("band64_16k", "band512_16k", "blockdiag64_shuffled")  # that all of cuSPARSE's block formats are tried on
+BF16 = 32  # the width at which bfloat16's error is looked at, too
 SMALL = 200_000  # entries; on larger matrices cuSPARSE's CSR_ALG1 was never the best, and very slow
 SECONDS = 0.003  # of timing per candidate, at least
+LONG = 1e8  # entries times columns; such a product is long beside its launch
 HOPELESS = 4.0  # times the shortest predicted time; ways of ours beyond that are not timed
 LARGE = {
     "rmat20_10M": lambda: spmm_matrices.rmat(20, 11),
@@ -53,20 +55,20 @@ LARGE = {
 ALL = {"alg1": cusparse.ALG1, "alg2": cusparse.ALG2, "alg3": cusparse.ALG3}
 
 
-def baselines(name: str, a: Csr, b: torch.Tensor, which: list[str]) -> dict[str, partial]:
-    """cuSPARSE's algorithms for CSR, its block formats by the size of their blocks."""
+def baselines(name: str, a: Csr, b: torch.Tensor, which: list[str]) -> dict[str, list[partial]]:
+    """cuSPARSE's algorithms for CSR, its block formats by the size of their blocks; a call per copy of B."""
     found = {}
     for label in which:
         try:
-            run = _baseline(a, b, label)
-            run()
-            found[f"cusparse_{'fp32' if a.dtype == torch.float32 else 'fp16'}_{label}"] = run
+            calls = _baseline(a, b, label)
+            calls[0]()
+            found[f"cusparse_{'fp32' if a.dtype == torch.float32 else 'fp16'}_{label}"] = calls
         except (cusparse.CusparseError, torch.OutOfMemoryError) as error:
             print(f"{name} {label}: {error}", file=sys.stderr)
     return found
 
 
-def _baseline(a: Csr, b: torch.Tensor, label: str) -> partial:
+def _baseline(a: Csr, b: torch.Tensor, label: str) -> list[partial]:
     if label.startswith("alg"):
         left, algorithm = cusparse.csr(a.shape, a.pointers.to(torch.int32), a.cols, a.values), ALL[label]
     elif label.startswith("ell"):
@@ -75,11 +77,13 @@ def _baseline(a: Csr, b: torch.Tensor, label: str) -> partial:
     else:
         left, algorithm = bsr.bsr(a, int(label[3:])), cusparse.BSR
     plan = cusparse.Plan(left, b, algorithm)
-    return partial(plan.run, b, torch.zeros(left.shape[0], b.shape[1], dtype=b.dtype, device=b.device))
+    c = torch.zeros(left.shape[0], b.shape[1], dtype=b.dtype, device=b.device)
+    return [partial(plan.run, x, c) for x in duel.copies(b)]
 
 
-def timed(runners: Mapping[str, timing.Call]) -> dict[str, float]:
-    return timing.race({k: [r] for k, r in runners.items()}, torch.device("cuda"), SECONDS)
+def timed(a: Csr, n: int, runners: Mapping[str, Sequence[timing.Call]]) -> dict[str, float]:
+    timing.LAUNCHES = 3 if a.nnz * n > LONG else 10
+    return timing.race(runners, torch.device("cuda"), SECONDS)
 
 
 def exact_product(a: Csr, b: torch.Tensor) -> torch.Tensor:
@@ -93,7 +97,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def cells(name: str, kind: str, a32: Csr) -> None:
     few = [x for x in ALL if x != "alg1" or a32.nnz < SMALL]
-    base = {n: timed(baselines(name, a32, dense_operand(a32, n, torch.float32), few)) for n in WIDTHS}
+    base = {n: timed(a32, n, baselines(name, a32, dense_operand(a32, n, torch.float32), few)) for n in WIDTHS}
     for precision, (dtype, tf32) in PRECISIONS.items():
         a = a32.to(dtype=dtype)
         torch.cuda.synchronize()
@@ -105,8 +109,17 @@ def cells(name: str, kind: str, a32: Csr) -> None:
         choosers = chooser, Chooser(a, tf32, True, False), Chooser(a, tf32, True, False, deterministic=False)
         for n in WIDTHS:
             line = cell(name, kind, a32, a, n, precision, choosers, base[n])
+            if (precision, n) == ("fp16", BF16):
+                line["error_bf16"] = float(f"{bf16_error(a32, n):.2g}")
             append(RESULTS, line | {"packing_ms": round(1e3 * packing, 1)} | environment("cuda"))
         del chooser, choosers
+
+
+def bf16_error(a32: Csr, n: int) -> float:
+    """Of what prediction alone chooses."""
+    a = SparseMatrix(a32, "bf16", measure=False)
+    b = dense_operand(a32, n, torch.bfloat16)
+    return relative_error(a @ b, exact_product(a32.to(dtype=torch.bfloat16), b))
 
 
 def dense_operand(a: Csr, n: int, dtype: torch.dtype) -> torch.Tensor:
@@ -127,18 +140,18 @@ def cell(
     """choosers: a predicting one, the default, and one that may choose what does not repeat itself to the bit."""
     chooser, default, loose = choosers
     b = dense_operand(a, n, a.dtype)
-    runners, ways = {}, promising(chooser, loose, n)
+    operands, runners, ways = duel.copies(b), {}, promising(chooser, loose, n)
     for way in ways:
         try:
             packed = chooser.packed(n, way)
-            runners[str(way)] = run = partial(way.own.run, b, packed.tensors, packed.meta)
-            run()
+            runners[str(way)] = [partial(way.own.run, x, packed.tensors, packed.meta) for x in operands]
+            runners[str(way)][0]()
         except (cusparse.CusparseError, torch.OutOfMemoryError) as error:
             runners.pop(str(way), None)
             print(f"{name} {way} N={n}: {error}", file=sys.stderr)
     worst, unstable = 0.0, []
     expected = exact_product(a32 if precision == "tf32" else a, b)
-    for key, run in runners.items():
+    for key, (run, *_) in runners.items():
         error = relative_error(found := run(), expected)
         if not error <= ERRORS[precision]:
             raise ArithmeticError(f"{name} {key} N={n} {precision}: relative error {error:.1e}")
@@ -146,7 +159,7 @@ def cell(
         if not all(torch.equal(found, run()) for _ in range(2)):
             unstable.append(key)
     others = baselines(name, a, b, extra(name, a)) if precision == "fp16" else {}
-    times = timed(runners | others)
+    times = timed(a, n, runners | others)
     candidates = {k: round(times[k], 2) for k in runners}
     stored = "fp16" if precision == "fp16" else "fp32"
     own = {f"cusparse_{stored}_{label_of(k)}": k for k in runners if "cusparse" in k}
@@ -265,18 +278,18 @@ def warm_compiler() -> None:
 
 def functions() -> list[nvrtc.Function]:
     found = []
-    for kind in (0, 2):
+    for kind, widths in ((0, WIDTHS), (1, (BF16,)), (2, WIDTHS)):
         for rows, masked, warps in itertools.product(cuda_windows.ROWS, (False, True), (4, 16)):
             found += [
                 cuda_windows.function(kind, rows, cols, masked, warps)
-                for cols in {cuda_windows.lane_columns(n, kind, rows) for n in WIDTHS}
+                for cols in {cuda_windows.lane_columns(n, kind, rows) for n in widths}
                 if not (rows > 8 and masked) and (warps == 4 or rows * cols <= 128)
             ]
         found += [cuda_windows.sum_function(kind, rows) for rows in cuda_windows.ROWS]
         size = 4 if kind == 2 else 2
         found += [
             cuda_rows.function(kind, *(shape := cuda_rows.shape_of(n, size, team, double)), unroll // shape.loads)
-            for n in WIDTHS
+            for n in widths
             for unroll, team, double, _ in cuda_rows.KNOBS
         ]
         found.append(cuda_rows.function(kind, cuda_rows.WARP, 1, 1, "spmm_rows_sum"))
@@ -305,7 +318,6 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         list(pool.map(partial(generate, asked.work, asked.data), names))
     warm_compiler()
-    timing.LAUNCHES = 10
     gc.freeze()  # torch collects garbage before every capture
     wrong: list[str] = []
     for name in names:

@@ -181,7 +181,8 @@ def checked(name: str, a: Tensor, b: Tensor, **knobs: object) -> None:
     expected = a.double() @ b.double()
     found = product(name, Csr.of(a), b, **knobs)
     assert found.dtype == b.dtype and found.shape == expected.shape
-    bound = 2e-3 if b.dtype == torch.float16 else 8e-3 if b.dtype == torch.bfloat16 else 1e-3
+    bound = 1e-3 if b.dtype == torch.float32 else 2e-3
+    bound = 4e-3 if b.dtype == torch.bfloat16 and expected.numel() < 1024 else bound  # rounding one: 3.9e-3 at most
     bound = 3e-6 if name == "cuda_rows" and b.dtype == torch.float32 else bound
     error = (found.double() - expected).norm() / expected.norm().clamp(min=1e-30)
     assert error <= bound or not expected.norm(), f"{name} {knobs} {tuple(a.shape)} n={b.shape[1]}: {error:.1e}"

@@ -68,6 +68,17 @@ def test_empty_matrices_and_no_columns(m: int, k: int, n: int, device: str) -> N
         assert torch.equal(found.cpu(), torch.zeros(k, n))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_and_inf_stay_in_their_rows(device: str) -> None:
+    a, b = random(), torch.randn(90, 12)
+    a[4, 40], a[50, 41] = math.nan, math.inf
+    found = (SparseMatrix(a, device=device) @ b.to(device)).cpu()
+    assert found[4].isnan().all() and found[50].isinf().all() and torch.equal(found[50].sign(), b[41].sign())
+    rest = torch.ones(len(a), dtype=torch.bool)
+    rest[[4, 50]] = False
+    torch.testing.assert_close(found[rest], a[rest] @ b, rtol=1e-4, atol=1e-4)
+
+
 def test_integers_and_bools_become_float32() -> None:
     a = torch.randint(0, 3, (20, 30))
     for kind in (a, a.bool(), scipy.sparse.csr_array(a.numpy())):

@@ -37,7 +37,7 @@ def _sweep_of(calls: Sequence[Call], device: torch.device) -> Callable[[], tuple
         _sweep(calls)
         return lambda: (_sweep(calls), len(calls))
     _each(calls)
-    if _waits(calls[0]):
+    if waits(calls[0]):
         return lambda: (_timed(lambda: _each(calls), device, len(calls)), len(calls))
     rounds = -(-LAUNCHES // len(calls))
     replay = _captured([*calls] * rounds, device)
@@ -56,7 +56,7 @@ def _each(calls: Sequence[Call]) -> None:
         call()
 
 
-def _waits(call: Call) -> bool:
+def waits(call: Call) -> bool:
     """Does it wait for the GPU? Then it cannot be captured, and trying would spoil torch's random numbers for good."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():

@@ -22,7 +22,7 @@ REACH = 3.0  # and all that are predicted to take at most so many times as long 
 NEAR = 1.25  # the same for all but the first of ours in a short race, where only the library must not be missed
 SECONDS = 0.005  # of timing per way
 SHOWN = 4
-Race = Callable[[Mapping[str, duel.Call]], dict[str, float]]
+Race = Callable[[Mapping[str, Sequence[duel.Call]]], dict[str, float]]
 
 
 def bucket(n: int) -> int:
@@ -191,21 +191,21 @@ class Chooser:
         """Microseconds, infinite where the library refuses or memory does not suffice."""
         generator = torch.Generator(self.a.device).manual_seed(0)  # the user's random numbers are not ours to use
         b = torch.randn(self.a.shape[1], n, device=self.a.device, dtype=self.a.dtype, generator=generator)
-        runners = {}
+        operands, runners = duel.copies(b), {}
         for way in ways:
             with contextlib.suppress(CusparseError, torch.OutOfMemoryError):
                 packed = self.packed(n, way)
-                call = partial(way.own.run, b, packed.tensors, packed.meta)
-                call()
-                runners[str(way)] = call
+                calls = [partial(way.own.run, x, packed.tensors, packed.meta) for x in operands]
+                calls[0]()
+                runners[str(way)] = calls
         found = {str(w): math.inf for w in ways} | (race(runners) if runners else {})
         self._memory.remember(n, found)
         return {w: found[str(w)] for w in ways}
 
-    def _race(self, runners: Mapping[str, duel.Call]) -> dict[str, float]:
-        return timing.race({k: [r] for k, r in runners.items()}, self.a.device, SECONDS)
+    def _race(self, runners: Mapping[str, Sequence[duel.Call]]) -> dict[str, float]:
+        return timing.race(runners, self.a.device, SECONDS)
 
-    def _duel(self, runners: Mapping[str, duel.Call]) -> dict[str, float]:
+    def _duel(self, runners: Mapping[str, Sequence[duel.Call]]) -> dict[str, float]:
         return duel.duel(runners, self.a.device)
 
     def explain(self, widths: Sequence[int]) -> str:
