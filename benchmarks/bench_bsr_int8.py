@@ -140,7 +140,7 @@ def calls(a: BsrInt8, panels: bool, n: int, threads: int) -> tuple[Callable[[], 
     m, k = a.shape
     packed = _bsr.pack(a, panels)
     core, weights, layout = _bsr.require(), _bsr.weights(packed.tensors, packed.meta), _bsr.layout_of(packed.meta, n)
-    x, bias, y = torch.randn(n, k), torch.randn(m), torch.empty(n, m)
+    x, bias, y = torch.randn(n, k), torch.randn(m), _bsr.room((n, m), torch.float32)
     q, out = _bsr.quantise(x, layout, 0.03), torch.empty(elements(layout, n, m), dtype=torch.uint8)
     at = LAYOUTS.index(layout)
     run = (

@@ -7,13 +7,13 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags=(-std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all)
 avx2=(-mavx2 -mfma)
-avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -Wno-uninitialized -Wno-maybe-uninitialized)
+avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vbmi2 -mavx512vnni -Wno-uninitialized -Wno-maybe-uninitialized)
 if [ "$(uname -m)" = x86_64 ]; then
   flags+=(-DGOSSAMER_X86)
   "${CXX:-g++}" "${flags[@]}" "${avx2[@]}" -c avx2.cpp -o "$out/avx2.o"
   "${CXX:-g++}" "${flags[@]}" "${avx2[@]}" -mavxvnni -c avxvnni.cpp -o "$out/avxvnni.o"
   "${CXX:-g++}" "${flags[@]}" "${avx512[@]}" -c avx512.cpp -o "$out/avx512.o"
-  "${CXX:-g++}" "${flags[@]}" "${avx512[@]}" -mavx512vbmi2 -mamx-tile -mamx-int8 -c amx.cpp -o "$out/amx.o"
+  "${CXX:-g++}" "${flags[@]}" "${avx512[@]}" -mamx-tile -mamx-int8 -c amx.cpp -o "$out/amx.o"
 fi
 for source in fuzz pack run scalar ../parallel; do
   "${CXX:-g++}" "${flags[@]}" -c "$source.cpp" -o "$out/$(basename "$source").o"

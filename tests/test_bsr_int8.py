@@ -179,6 +179,15 @@ def test_damage_is_found() -> None:
 # ---- products ----
 
 
+@pytest.mark.parametrize("shape", [(2, 300, 1000), (601, 1001), (1 << 19,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_outputs_begin_with_a_page(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    y = _bsr.room(shape, dtype)
+    assert y.shape == shape and y.dtype == dtype and y.is_contiguous() and not y._is_view()
+    assert y.data_ptr() % 4096 == 0 or y.nbytes < 1 << 21
+    assert y.fill_(3).double().sum() == 3 * y.numel()
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_is_the_same_bits_on_every_instruction_set(shape: tuple[int, int], block: tuple[int, int]) -> None:
@@ -341,11 +350,14 @@ def test_a_token_that_is_not_finite_is_nan_and_zeros_are_the_bias(isa: str, toke
     p, bias = packed(a, isa), some(24)
     clean = some(tokens, 40)
     want = _bsr.linear(clean, p.tensors, p.meta, bias)
-    for bad, place in itertools.product((math.nan, math.inf, -math.inf), (3, 20, 39)):
-        x = clean.clone()
-        x[0], x[1, place] = 0, bad
+    quiet, signalling, infinite = 0x7FC00000, 0x7F800001, 0x7F800000
+    for bad, place, token in itertools.product((quiet, -1, signalling, infinite, -0x800000), (3, 20, 39), (1, -1)):
+        x, expected = clean.clone(), want.clone()
+        x[0] = 0
+        x.view(torch.int32)[token, place] = bad
+        expected[0], expected[token] = bias, math.nan
         y = _bsr.linear(x, p.tensors, p.meta, bias)
-        assert torch.equal(y[0], bias) and y[1].isnan().all() and torch.equal(y[2:], want[2:])
+        assert torch.equal(y.nan_to_num(12345.0), expected.nan_to_num(12345.0)), (hex(bad), place, token)
     tiny = _bsr.linear(clean * 1e-38, p.tensors, p.meta, bias)
     assert torch.allclose(tiny, bias.expand_as(tiny))
 
@@ -419,7 +431,7 @@ def test_empty_matrices(shape: tuple[int, int]) -> None:
 
 def test_misuse_is_refused_with_the_fix() -> None:
     p = _bsr.pack(BsrInt8.encode(weight((8, 12), 0.5, (4, 1))))
-    with pytest.raises(ValueError, match="x has 11 features in its last dimension, the weight takes 12"):
+    with pytest.raises(ValueError, match="x has 11 features in its last dimension; fix: pass the 12 that"):
         _bsr.linear(some(2, 11), p.tensors, p.meta, None)
     with pytest.raises(ValueError, match=r"scale is positive and finite, not 0\.0; fix: calibrate"):
         _bsr.quantise(some(2, 12), "t", 0.0)

@@ -156,7 +156,7 @@ class Ending {
 
  public:
   Ending(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end, const Products& p)
-      : a(a), p(p), finish(a, x, out, b), begin(begin), end(end), row(begin) {}
+      : a(a), p(p), finish(a, x, out, b, end), begin(begin), end(end), row(begin) {}
 
   int64_t left() const { return end - row; }
 

@@ -60,7 +60,7 @@ INLINE void product(const Groups& a, int64_t row, const uint8_t* x, Ahead& ahead
 
 template <int NB, bool Quads, bool Fetch, class Off, End E>
 void block_with(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t begin, int64_t end) {
-  Finish<NB, Quads, E> finish(a, x, out, b);
+  Finish<NB, Quads, E> finish(a, x, out, b, end);
   const uint8_t* data = x.data + block_start(x.layout, a.cols, b);
   Ahead ahead{x.ahead, x.ahead_bytes / (a.groups.starts[end] - a.groups.starts[begin] + 1)};
   for (int64_t row = begin; row < end; ++row) {

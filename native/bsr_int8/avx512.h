@@ -165,10 +165,11 @@ INLINE __m512 widen(__m256i half) {
 
 // ---- the end of a tile ----------------------------------------------------------------------------------------------
 
-// 32 rows by the tokens of a block, as lanes of 4 rows of one token; becomes whole cache lines of row-major output, two
-// side by side, because tokens lie on pages of their own.
+constexpr int64_t line_rows = 4;  // block rows whose outputs of a token are a cache line of float32
+
+// These rows by the tokens of a block, as lanes of 4 rows of one token; becomes whole cache lines of row-major output.
 struct Stage {
-  alignas(64) float lanes[panel_rows][4][4][16];  // [block row][vector][token in lane][lane, row]
+  alignas(64) float lanes[line_rows][4][4][16];  // [block row][vector][token in lane][lane, row]
 };
 
 // What follows the products. The two that layers have most are code without questions: the sparser the rows, the more
@@ -197,15 +198,17 @@ class Finish {
   const Weights& a;
   const Input& x;
   const Output& out;
-  const int64_t b, token, left;
+  const int64_t b, token, left, end;
   alignas(64) float scales[NB];  // of the tokens, in the order of the sums
   Terms terms;
   int64_t panel = -1;  // whose terms these are
-  Stage stage;
+  int64_t held = -1;   // which four block rows are staged and not yet written
+  Stage stages[2];     // in turn
 
  public:
-  Finish(const Weights& a, const Input& x, const Output& out, int64_t b)
-      : a(a), x(x), out(out), b(b), token(b * block_tokens), left(std::min<int64_t>(NB, x.tokens - token)) {
+  // Block rows before `end` come, in order.
+  Finish(const Weights& a, const Input& x, const Output& out, int64_t b, int64_t end)
+      : a(a), x(x), out(out), b(b), token(b * block_tokens), left(std::min<int64_t>(NB, x.tokens - token)), end(end) {
     if (!x.token_scale) return;
     for (int i = 0; i < V; ++i)
       for (int e = 0; e < 16; ++e) {
@@ -244,8 +247,8 @@ class Finish {
       store_q(static_cast<uint8_t*>(out.data) + block_start(Layout::q, a.rows, b) + row * NB * 4, v);
   }
 
-  // The row-major lines that `flush` is going to write come closer, those of an eighth of the tokens with every block
-  // row: a store that misses the second-level cache takes longer than a product.
+  // The row-major lines that `flush` is going to write come closer, two side by side of an eighth of the tokens with
+  // every block row: a store that misses the second-level cache takes longer than a product.
   INLINE void expect(int64_t row) const {
     if (out.layout != Layout::rows) return;
     const int64_t item = out.type == Type::f32 ? 4 : out.type == Type::bf16 ? 2 : 1, some = NB / panel_rows;
@@ -257,46 +260,62 @@ class Finish {
     }
   }
 
-  // After the last block row of 32 rows, or of all.
+  // Staged rows are written while the next four block rows are made, a vector of tokens after each: stores that miss
+  // the first-level cache, all at once, fill the store buffer, and the products wait.
   INLINE void flush(int64_t row) {
     if (E == End::bytes || out.layout != Layout::rows) return;
-    if (row % panel_rows == panel_rows - 1 || row + 1 == a.block_rows()) write_staged(row);
+    if (held >= 0 || row + 1 == end) write_due(row);
+    if (row % line_rows == line_rows - 1) held = row / line_rows;
   }
 
  private:
   // A function of its own: inlined it would take registers from the loop over groups.
-  __attribute__((noinline)) void write_staged(int64_t row) {
-    const int64_t first = row / panel_rows * 32, count = std::min<int64_t>(32, a.rows - first);
-    if (out.type == Type::f32 && !out.residual && left == NB && count == 32) {
-      float* to = static_cast<float*>(out.data) + token * out.stride + first;
-#pragma GCC unroll 4
-      for (int i = 0; i < V; ++i)
-#pragma GCC unroll 4
-        for (int l = 0; l < 4; ++l)
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
-            float* line = to + (At::place_of(l, i) + j) * out.stride;
-            _mm512_storeu_ps(line, staged(0, i, l, j));
-            _mm512_storeu_ps(line + 16, staged(1, i, l, j));
-          }
-      return;
-    }
-    const __mmask16 masks[2] = {static_cast<__mmask16>((1u << std::min<int64_t>(16, count)) - 1),
-                                static_cast<__mmask16>((1u << std::max<int64_t>(0, count - 16)) - 1)};
-    for (int i = 0; i < V; ++i)
-      for (int l = 0; l < 4; ++l)
-        for (int j = 0; j < 4; ++j)
-          if (const int64_t t = At::place_of(l, i) + j; t < left)
-            for (int h = 0; h < 2; ++h)
-              if (masks[h]) write_row(out, token + t, first + 16 * h, masks[h], staged(h, i, l, j));
+  __attribute__((noinline)) void write_due(int64_t row) {
+    if (held >= 0) write_staged(held, row % line_rows);
+    if (row + 1 != end) return;
+    for (int64_t i = row % line_rows + 1; held >= 0 && i < V; ++i) write_staged(held, i);
+    for (int64_t i = 0; i < V; ++i) write_staged(row / line_rows, i);
   }
 
-  INLINE __m512 staged(int half, int i, int l, int j) const {
-    const auto* four = stage.lanes + 4 * half;
-    __m512 v = _mm512_castps128_ps512(_mm_load_ps(&four[0][i][j][4 * l]));
-    v = _mm512_insertf32x4(v, _mm_load_ps(&four[1][i][j][4 * l]), 1);
-    v = _mm512_insertf32x4(v, _mm_load_ps(&four[2][i][j][4 * l]), 2);
-    return _mm512_insertf32x4(v, _mm_load_ps(&four[3][i][j][4 * l]), 3);
+  // Vector i of four staged block rows.
+  void write_staged(int64_t which, int64_t i) {
+    if (i >= V) return;
+    const int64_t first = 16 * which, count = std::min<int64_t>(16, a.rows - first);
+    const float* from = stages[which % 2].lanes[0][i][0];
+    const int64_t near = i * At::place_of(0, 1);
+    if (out.type == Type::f32 && !out.residual && left == NB && count == 16) {
+      const int64_t stride = out.stride;  // that vectors are stored says nothing about
+      float* to = static_cast<float*>(out.data) + (token + near) * stride + first;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j, from += 16, to += stride) {
+        __m512 v[4];
+        join(from, v);
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) _mm512_storeu_ps(to + At::place_of(l, 0) * stride, v[l]);
+      }
+      return;
+    }
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    for (int64_t j = 0; j < 4; ++j) {
+      __m512 v[4];
+      join(from + 16 * j, v);
+      for (int l = 0; l < 4; ++l)
+        if (const int64_t t = near + At::place_of(l, 0) + j; t < left) write_row(out, token + t, first, mask, v[l]);
+    }
+  }
+
+  // Four tokens' 16 outputs: lane l of what four block rows staged is rows of token l.
+  static INLINE void join(const float* from, __m512 (&v)[4]) {
+    const auto two = [from](int row, int lane) __attribute__((always_inline)) {
+      const float* first = from + 256 * row + 4 * lane;
+      const __m512d low = _mm512_castpd256_pd512(_mm256_castps_pd(_mm256_load_ps(first)));
+      return _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(_mm256_load_ps(first + 256)), 1));
+    };
+    const __m512 ab01 = two(0, 0), ab23 = two(0, 2), cd01 = two(2, 0), cd23 = two(2, 2);
+    v[0] = _mm512_shuffle_f32x4(ab01, cd01, 0x88);
+    v[1] = _mm512_shuffle_f32x4(ab01, cd01, 0xdd);
+    v[2] = _mm512_shuffle_f32x4(ab23, cd23, 0x88);
+    v[3] = _mm512_shuffle_f32x4(ab23, cd23, 0xdd);
   }
 
   INLINE bool per_token() const { return E == End::any ? x.token_scale != nullptr : E == End::floats; }
@@ -472,7 +491,7 @@ class Finish {
 
   // 4 rows by 4 tokens turned in each lane.
   INLINE void turn(int64_t row, const __m512 (&v)[4][V]) {
-    float(&to)[4][4][16] = stage.lanes[row % panel_rows];
+    float(&to)[4][4][16] = stages[row / line_rows % 2].lanes[row % line_rows];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) {
       const __m512 a0 = _mm512_unpacklo_ps(v[0][i], v[1][i]), a1 = _mm512_unpackhi_ps(v[0][i], v[1][i]);

@@ -1,4 +1,4 @@
-// Row-major floats to quantised activations: four tokens become the bytes of dwords whose lanes are channels, then the
+// Row-major floats to quantised activations: four tokens become the bytes of dwords, one for each channel, then the
 // dwords of 16 channels are turned.
 #pragma once
 
@@ -19,14 +19,12 @@ INLINE __m512 load_floats(const Raw& x, int64_t at, int64_t left) {
   }
 }
 
-// The largest magnitudes of up to four tokens at once, as these are short chains. The maxima pass over NaN, which
-// comparisons find and remember in masks.
+// The largest magnitudes of up to four tokens at once, as these are short chains. They pass over NaN; see `Odd`.
 template <Type T>
 class Largest {
   const Raw& x;
   int64_t at[4];
   __m512 most[4][2];
-  __mmask16 real[4];
 
  public:
   INLINE Largest(const Raw& x, int64_t token, int64_t count) : x(x) {
@@ -34,7 +32,6 @@ class Largest {
     for (int t = 0; t < 4; ++t) {
       at[t] = (token + std::min<int64_t>(t, std::max<int64_t>(0, count - 1))) * x.stride;
       most[t][0] = most[t][1] = _mm512_setzero_ps();
-      real[t] = 0xffff;
     }
   }
 
@@ -45,10 +42,10 @@ class Largest {
     const int64_t left = x.channels - k;
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
-      const __m512 a = load_floats<T, Whole>(x, at[t] + k, left), b = load_floats<T, Whole>(x, at[t] + k + 16, left - 16);
+      const __m512 a = load_floats<T, Whole>(x, at[t] + k, left);
+      const __m512 b = load_floats<T, Whole>(x, at[t] + k + 16, left - 16);
       most[t][0] = _mm512_range_ps(most[t][0], a, larger_magnitude);
       most[t][1] = _mm512_range_ps(most[t][1], b, larger_magnitude);
-      real[t] = _mm512_mask_cmp_ps_mask(real[t], a, b, _CMP_ORD_Q);
     }
   }
 
@@ -62,10 +59,32 @@ class Largest {
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
       const float value = _mm512_reduce_max_ps(_mm512_max_ps(most[t][0], most[t][1]));
-      out[t] = real[t] == 0xffff && value < INFINITY ? value : std::nanf("");
+      out[t] = value < INFINITY ? value : std::nanf("");
     }
   }
 };
+
+// Bits that only a NaN leaves in what `to_bytes` makes of a token within its range. To compare every number with itself
+// where the largest is looked for takes longer.
+class Odd {
+  __m512i seen = _mm512_castps_si512(set(rounder));
+
+ public:
+  INLINE void add(__m512i a, __m512i b) { seen = _mm512_ternarylogic_epi32(seen, a, b, 0xfe); }
+
+  INLINE bool any() const {
+    return _mm512_cmpgt_epu32_mask(_mm512_xor_si512(seen, _mm512_castps_si512(set(rounder))), _mm512_set1_epi32(255));
+  }
+};
+
+template <Type T>
+bool has_nan(const Raw& x, int64_t token) {
+  for (int64_t k = 0; k < x.channels; k += 16) {
+    const __m512 v = load_floats<T, false>(x, token * x.stride + k, x.channels - k);
+    if (_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q)) return true;
+  }
+  return false;
+}
 
 // See to_byte: the low byte of each dword. Within dynamic range nothing can leave 0 .. 255 but what has no finite
 // scale, and that is not used.
@@ -76,13 +95,10 @@ INLINE __m512i to_bytes(__m512 v, __m512 inverse, __m512 base) {
   return _mm512_castps_si512(v);
 }
 
-INLINE __m512i select(uint32_t mask, __m512i a, __m512i b) {
-  return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32(static_cast<int>(mask)), 0xe4);
-}
-
 // 16 channels of four tokens: bytes of dword c are channel c of the tokens. `at`: where they begin in x.
 template <Type T, bool Dynamic, bool Whole>
-INLINE __m512i pack(const Raw& x, const int64_t (&at)[4], int64_t k, const __m512 (&inverse)[4], __m512 base) {
+INLINE __m512i pack(const Raw& x, const int64_t (&at)[4], int64_t k, const __m512 (&inverse)[4], __m512 base,
+                    Odd& odd) {
   __m512i q[4];
 #pragma GCC unroll 4
   for (int t = 0; t < 4; ++t) {
@@ -90,19 +106,27 @@ INLINE __m512i pack(const Raw& x, const int64_t (&at)[4], int64_t k, const __m51
     asm("" : "+v"(v));  // in a register: multiplied in memory it would cost a copy of the other factor
     q[t] = to_bytes<Dynamic>(v, inverse[t], base);
   }
-  const __m512i low = select(0xff, q[0], _mm512_slli_epi32(q[1], 8));
-  const __m512i high = select(0xff, q[2], _mm512_slli_epi32(q[3], 8));
-  return select(0xffff, low, _mm512_slli_epi32(high, 16));
+  if constexpr (Dynamic) {
+    odd.add(q[0], q[1]);
+    odd.add(q[2], q[3]);
+  }
+  __m512i all = _mm512_slli_epi32(q[0], 24);
+#pragma GCC unroll 4
+  for (int t = 1; t < 4; ++t) all = _mm512_shrdi_epi32(all, q[t], 8);
+  return all;
 }
 
-// Lane l of four registers, together in register l.
-INLINE void turn_lanes(__m512i (&r)[4]) {
-  const __m512i a = _mm512_shuffle_i32x4(r[0], r[1], 0x88), b = _mm512_shuffle_i32x4(r[0], r[1], 0xdd);
-  const __m512i c = _mm512_shuffle_i32x4(r[2], r[3], 0x88), d = _mm512_shuffle_i32x4(r[2], r[3], 0xdd);
-  r[0] = _mm512_shuffle_i32x4(a, c, 0x88);
-  r[1] = _mm512_shuffle_i32x4(b, d, 0x88);
-  r[2] = _mm512_shuffle_i32x4(a, c, 0xdd);
-  r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+// Lane l of four lines, `step` bytes apart, together in register l. From memory it takes half the shuffles.
+INLINE void load_lanes(const uint8_t* from, int64_t step, __m512i (&r)[4]) {
+  const auto two = [from, step](int line, int lane) __attribute__((always_inline)) {
+    const uint8_t* at = from + step * line + 16 * lane;
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load32(at)), load32(at + step), 1);
+  };
+  const __m512i ab01 = two(0, 0), ab23 = two(0, 2), cd01 = two(2, 0), cd23 = two(2, 2);
+  r[0] = _mm512_shuffle_i32x4(ab01, cd01, 0x88);
+  r[1] = _mm512_shuffle_i32x4(ab01, cd01, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(ab23, cd23, 0x88);
+  r[3] = _mm512_shuffle_i32x4(ab23, cd23, 0xdd);
 }
 
 // 4 x 4 dwords in each lane, in place.
@@ -115,48 +139,73 @@ INLINE void turn_dwords(__m512i* r) {
   r[3] = _mm512_unpackhi_epi64(b, d);
 }
 
-// What `pack` made of 16 channels of all tokens of a block, [NB / 4][64 bytes], to the layout t, in place.
-template <int NB>
-INLINE void arrange_t(uint8_t* chunk) {
-  constexpr int parts = NB / 16;  // of a channel: 16 tokens
-  __m512i r[NB / 4];
-#pragma GCC unroll 16
-  for (int i = 0; i < NB / 4; ++i) r[i] = load(chunk + 64 * i);
-  // Lane l of r[4 h + j]: channel 4 l + j, tokens 16 h .. + 15.
+// What `pack` made of 16 channels of all 64 tokens of a block, [NB / 4][64 bytes], to the layout t, in place.
+INLINE void arrange_lines(uint8_t* chunk) {
+  __m512i lanes[4][4];  // [i][l], lane h: tokens 16 h + 4 i .. + 3 of channels 4 l .. + 3
 #pragma GCC unroll 4
-  for (int h = 0; h < parts; ++h) turn_dwords(r + 4 * h);
+  for (int i = 0; i < 4; ++i) load_lanes(chunk + 64 * i, 256, lanes[i]);
 #pragma GCC unroll 4
-  for (int i = 0; i < parts; ++i) {
-    __m512i lanes[4];  // a register of the result takes 4 / parts channels
+  for (int l = 0; l < 4; ++l) {
+    __m512i r[4] = {lanes[0][l], lanes[1][l], lanes[2][l], lanes[3][l]};
+    turn_dwords(r);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) lanes[j] = r[4 * (j % parts) + 4 / parts * i + j / parts];
-    turn_lanes(lanes);
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) _mm512_storeu_si512(chunk + 64 * (parts * l + i), lanes[l]);
+    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(chunk + 64 * (4 * l + j), r[j]);
   }
 }
 
-// The same to the layout q.
+// Where the dwords of register i of a narrow block's lane of four channels come from: a register has 4 / parts
+// channels, each of them `parts` lanes.
+template <int parts>
+struct Places {
+  alignas(64) int32_t at[parts][16];
+  constexpr Places() : at{} {
+    for (int i = 0; i < parts; ++i)
+      for (int a = 0; a < 4; ++a)
+        for (int d = 0; d < 4; ++d) at[i][4 * a + d] = 16 * (a % parts) + 4 * d + 4 / parts * i + a / parts;
+  }
+};
+
+// The same of blocks of 16 or 32.
+template <int NB>
+INLINE void arrange_narrow(uint8_t* chunk) {
+  constexpr int parts = NB / 16;  // of a channel: 16 tokens
+  static constexpr Places<parts> places;
+  __m512i r[parts][4];
+#pragma GCC unroll 2
+  for (int h = 0; h < parts; ++h) load_lanes(chunk + 256 * h, 64, r[h]);
+#pragma GCC unroll 4
+  for (int l = 0; l < 4; ++l)
+#pragma GCC unroll 2
+    for (int i = 0; i < parts; ++i) {
+      const __m512i from = _mm512_load_si512(places.at[i]);
+      _mm512_storeu_si512(chunk + 64 * (parts * l + i), _mm512_permutex2var_epi32(r[0][l], from, r[parts - 1][l]));
+    }
+}
+
+template <int NB>
+INLINE void arrange_t(uint8_t* chunk) {
+  if constexpr (NB == 64) arrange_lines(chunk);
+  else arrange_narrow<NB>(chunk);
+}
+
+// To the layout q.
 template <int NB>
 INLINE void arrange_q(uint8_t* chunk) {
   const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  __m512i r[NB / 4];
-#pragma GCC unroll 16
-  for (int i = 0; i < NB / 4; ++i) r[i] = _mm512_shuffle_epi8(load(chunk + 64 * i), turn);
+  __m512i r[NB / 16][4];
 #pragma GCC unroll 4
-  for (int h = 0; h < NB / 16; ++h) {
-    __m512i lanes[4] = {r[4 * h], r[4 * h + 1], r[4 * h + 2], r[4 * h + 3]};
-    turn_lanes(lanes);
+  for (int h = 0; h < NB / 16; ++h) load_lanes(chunk + 256 * h, 64, r[h]);
 #pragma GCC unroll 4
-    for (int l = 0; l < 4; ++l) _mm512_storeu_si512(chunk + 4 * NB * l + 64 * h, lanes[l]);
-  }
+  for (int h = 0; h < NB / 16; ++h)
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) _mm512_storeu_si512(chunk + 4 * NB * l + 64 * h, _mm512_shuffle_epi8(r[h][l], turn));
 }
 
 // Four tokens, to `to` [whole chunks of 16 channels][64 bytes], `step` bytes apart, and `last`, the chunk after these.
 // The next four are looked at meanwhile, where there are `more`: they come from afar, and their loads need not wait for
-// the work on these.
+// the work on these. Was anything odd?
 template <Type T, bool Dynamic>
-INLINE void quantise_four(const Raw& x, int64_t token, const float (&factors)[4], int zero, uint8_t* to, int64_t step,
+INLINE bool quantise_four(const Raw& x, int64_t token, const float (&factors)[4], int zero, uint8_t* to, int64_t step,
                           uint8_t* last, bool more, Largest<T>& next) {
   // Tokens past the last one are the last one again, as if all were there, times 0.
   const int64_t count = std::min<int64_t>(4, x.tokens - token);
@@ -164,8 +213,10 @@ INLINE void quantise_four(const Raw& x, int64_t token, const float (&factors)[4]
   if (count <= 0) {
     const __m512i none = _mm512_set1_epi8(static_cast<char>(zero));
     for (int64_t k = 0; k + 16 <= x.channels; k += 16, to += step) _mm512_storeu_si512(to, none);
-    return _mm512_storeu_si512(last, none);
+    _mm512_storeu_si512(last, none);
+    return false;
   }
+  Odd odd;
   int64_t at[4];
   __m512 inverses[4];
 #pragma GCC unroll 4
@@ -175,16 +226,17 @@ INLINE void quantise_four(const Raw& x, int64_t token, const float (&factors)[4]
   }
   int64_t k = 0;
   for (; k + 32 <= x.channels; k += 32, to += 2 * step) {
-    _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base));
-    _mm512_storeu_si512(to + step, pack<T, Dynamic, true>(x, at, k + 16, inverses, base));
+    _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base, odd));
+    _mm512_storeu_si512(to + step, pack<T, Dynamic, true>(x, at, k + 16, inverses, base, odd));
     if (Dynamic && more) next.template add<true>(k);
   }
   if (Dynamic && more) next.rest(k);
   if (k + 16 <= x.channels) {
-    _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base));
+    _mm512_storeu_si512(to, pack<T, Dynamic, true>(x, at, k, inverses, base, odd));
     k += 16;
   }
-  if (k < x.channels) _mm512_storeu_si512(last, pack<T, Dynamic, false>(x, at, k, inverses, base));
+  if (k < x.channels) _mm512_storeu_si512(last, pack<T, Dynamic, false>(x, at, k, inverses, base, odd));
+  return Dynamic && odd.any();
 }
 
 // Four tokens at a time, so that the second look at them finds them in the first-level cache; then 16 channels.
@@ -209,7 +261,9 @@ void quantise_block(const Raw& given, Layout layout, int64_t b, float inverse, i
     }
     const bool more = after > 0 && g + 1 < NB / 4;
     Largest<T> next(x, more ? token + 4 : token, after);
-    quantise_four<T, Dynamic>(x, token, factors, zero, out + 64 * g, 16 * NB, last + 64 * g, more, next);
+    if (quantise_four<T, Dynamic>(x, token, factors, zero, out + 64 * g, 16 * NB, last + 64 * g, more, next))
+      for (int64_t t = 0; t < real; ++t)
+        if (has_nan<T>(x, token + t)) scales[token + t] = std::nanf("");
     if (Dynamic && more) next.finish(most);
   }
   const auto arrange = layout == Layout::q ? arrange_q<NB> : arrange_t<NB>;
@@ -229,13 +283,16 @@ void quantise_token(const Raw& x, int64_t token, float inverse, int zero, uint8_
     largest.finish(most);
     scales[token] = scale_of(most[0], &inverse);
   }
+  Odd odd;
   const __m512 factor = set(inverse), base = set(rounder + static_cast<float>(zero));
   for (int64_t k = 0; k < x.channels; k += 16) {
     const int64_t left = x.channels - k, at = token * x.stride + k;
     const __m512i q = to_bytes<Dynamic>(load_floats<T, false>(x, at, left), factor, base);
     const __mmask16 some = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+    if (Dynamic) odd.add(q, q);
     _mm512_mask_cvtepi32_storeu_epi8(out + k, some, q);
   }
+  if (Dynamic && odd.any() && has_nan<T>(x, token)) scales[token] = std::nanf("");
 }
 
 template <Type T, bool Dynamic>

@@ -34,7 +34,7 @@ std::vector<Level> levels() {
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 16)) found.push_back({"avxvnni", &avxvnni_kernels});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
-      __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
     found.push_back({"avx512", &avx512_kernels});
 #endif
   return found;

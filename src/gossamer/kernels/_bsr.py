@@ -6,6 +6,7 @@ same on all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
@@ -37,6 +38,7 @@ FEW = 4  # tokens, as in native/bsr_int8/bsr.h
 WIDE = 8192  # channels, from which on offsets take 32 bits
 MOST = 65_536  # channels whose products with int8 cannot overflow an int32
 TILE = 16  # rows
+PAGE, LARGE = 4096, 1 << 21  # bytes
 
 
 def available() -> bool:
@@ -160,12 +162,26 @@ def _plain(bias: Tensor | None) -> Tensor | None:
     return bias.float().contiguous()
 
 
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for an output, a large one from the beginning of a page on.
+
+    A product writes a line each of 64 rows; where these are whole pages apart and begin amid pages it takes longer
+    (docs/kernels/bsr_int8.md).
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    whole = torch.empty(count + PAGE // dtype.itemsize, dtype=dtype)
+    begin = -whole.data_ptr() % PAGE // dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(whole.untyped_storage(), begin, shape)
+
+
 def _product(x: Tensor, found: Any, rows: int, cols: int, bias: Tensor | None) -> Tensor:
     *lead, features = x.shape
     _check_features(features, cols)
     if not x.is_cpu:
         raise ValueError(f"x lies on {x.device}, the weight on the CPU; fix: move one of them")
-    y = x.new_empty(*lead, rows)
+    y = room((*lead, rows), x.dtype)
     if not y.numel():
         return y
     if cols and x.is_contiguous():
@@ -234,7 +250,7 @@ def _matrix(x: Tensor, cols: int) -> tuple[Tensor, int]:
 
 def _check_features(found: int, cols: int) -> None:
     if found != cols:
-        raise ValueError(f"x has {found} features in its last dimension, the weight takes {cols}")
+        raise ValueError(f"x has {found} features in its last dimension; fix: pass the {cols} that the weight takes")
 
 
 def _check_operands(x: Activation, meta: dict[str, Any], to: Epilogue) -> None:
