@@ -1,19 +1,22 @@
 """`cuda_lscd` against the best of cuBLAS and cuBLASLt on one GPU: kernels alone, plain launches, cold weights.
 
     python benchmarks/bench_lscd.py --out FOLDER
+    python benchmarks/bench_lscd.py --summarise        # without a GPU: of all dispatched cells, each by its newest line
 
 Every call takes the next of several copies of its weight, together over 200 MB, under a CUDA graph. The baseline is the
-fastest of torch's products with either library, in both orders of the operands; cuBLASLt picks by its own heuristic.
-Summary "geomean_vs_cublaslt": baseline / ours, geometric mean over the shapes; lines with a `variant` are other masks.
+fastest of torch's products with either library, in both orders of the operands, and of all that cuBLASLt's heuristic
+proposes (up to 16 ways, `cublaslt.py`; torch takes the first). Summary "geomean_vs_cublaslt": baseline / ours,
+geometric mean over the shapes; lines with a `variant` are other masks.
 With `--dispatched`, layers that `gossamer.prepare` has prepared are timed, too, and dense products beside them, of as
-many weights as layers (a GPU that has just worked hard is 2 % slower): "geomean_dispatched", and over all cells
-"worst_dispatched".
+many weights as layers (a GPU that has just worked hard is 2 % slower; torch's products, as a dense layer makes them):
+"geomean_dispatched", and over all cells "worst_dispatched", whose case names the cells where they are not all.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import tempfile
@@ -23,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cublaslt import product as proposed
 from gossamer import prepare
 from gossamer.dispatch import route
 from gossamer.formats.bitmask import Bitmask
@@ -33,6 +37,7 @@ from results import append, environment
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (9216, 9216), (28672, 8192), (36864, 9216)]
+TOKENS = (1, 8, 16, 32, 64, 128)
 COLD_BYTES = 200 << 20
 BANDWIDTH = 3.0e6  # bytes per microsecond that an H100 reads
 MUST = {
@@ -43,6 +48,7 @@ MUST = {
     0.9: {1: 2.15, 8: 2.15, 16: 2.15, 32: 1.75, 64: 1.35},
 }
 TOLERANCE = 2e-3  # relative (Frobenius), against float32; rounding to bfloat16 alone is 1.7e-3
+CELLS = len(SHAPES) * len(MUST) * len(TOKENS)
 Call = Callable[[], object]
 
 
@@ -113,7 +119,7 @@ def copies(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def dense_time(weights: Sequence[Tensor], x: Tensor) -> tuple[float, str]:
-    """(microseconds, library and order of operands) of the fastest dense product."""
+    """(microseconds, library and order of operands) of the fastest dense product that torch makes."""
     y, y_t = x.new_empty(len(x), len(weights[0])), x.new_empty(len(weights[0]), len(x))
     orders = {
         "x W^T": lambda w: torch.mm(x, w.t(), out=y),
@@ -128,14 +134,23 @@ def dense_time(weights: Sequence[Tensor], x: Tensor) -> tuple[float, str]:
     return min(found)
 
 
-def our_time(sets: Sequence[Sequence[Tensor]], meta: dict, a: Tensor, x: Tensor) -> tuple[float, float]:
+def proposed_time(weights: Sequence[Tensor], x: Tensor) -> tuple[float, str]:
+    """(microseconds, which) of the fastest way that cuBLASLt proposes: of all in short runs, then of that one."""
+    y = x.new_empty(len(x), len(weights[0]))
+    calls = proposed(len(weights[0]), len(x), x.shape[1]).calls(x, weights, y)
+    best = min(calls, key=lambda name: timed(calls[name], 3)[0])
+    return timed(calls[best])[0], best
+
+
+def our_time(sets: Sequence[Sequence[Tensor]], meta: dict, a: Tensor, x: Tensor) -> tuple[float, float, float]:
+    """(microseconds, spread, relative error)."""
     y = torch.full((len(x), len(a)), math.nan, dtype=x.dtype, device="cuda")
     found = timed([lambda s=s: launch(x, s, meta, None, y) for s in sets])
     expected = x.float() @ a.float().mT
     error = float((y.float() - expected).norm() / expected.norm())
     if not error < TOLERANCE:
         raise ArithmeticError(f"relative error {error:.1e} at {tuple(a.shape)}, {len(x)} tokens")
-    return found
+    return *found, error
 
 
 class Bench:
@@ -150,19 +165,21 @@ class Bench:
     def baseline(self, shape: tuple[int, int], inputs: dict[int, Tensor]) -> None:
         weights = [s[0] for s in copies([uniform(shape[0], shape[1], 0.0)])]
         for n, x in inputs.items():
-            self.dense[shape[0], shape[1], n] = dense_time(weights, x)
+            found = dense_time(weights, x), proposed_time(weights, x)
+            self.dense[shape[0], shape[1], n] = min(found)
+            print(f"{shape}, {n} tokens, dense:", *(f"{us:.1f} us by {name}" for us, name in found))
 
     def cells(self, a: Tensor, case: dict, inputs: dict[int, Tensor]) -> None:
         packed = CudaLscd.pack(Bitmask.encode(a), torch.bfloat16)
         sets = copies(packed.tensors)
         for n, x in inputs.items():
-            us, spread = our_time(sets, packed.meta, a, x)
+            us, spread, error = our_time(sets, packed.meta, a, x)
             base, name = self.dense[a.shape[0], a.shape[1], n]
             line = {"bench": "lscd", "case": case | {"tokens": n}, "ours": us, "baseline": name, "baseline_value": base}
             line |= {"unit": "us", "ratio": base / us, "spread": spread, "gb_per_s": packed.nbytes / us / 1e3}
             floor = (a.numel() / 8 + 2 * float(a.count_nonzero())) / BANDWIDTH
             line |= {"roofline_share": floor / us, "cut": list(best_cut(work_of(n, packed.meta), gpu(0)))}
-            line |= {"items": "words" if packed.meta["words"] else "halves"}
+            line |= {"items": "words" if packed.meta["words"] else "halves", "error": error}
             append(self.path, line | environment("cuda"))
             if "variant" not in case:
                 self.ratios.setdefault((case["sparsity"], n), []).append(base / us)
@@ -185,20 +202,42 @@ class Bench:
             self.dispatched.setdefault((case["sparsity"], n), []).append(base / us)
 
     def summaries(self) -> None:
-        for (sparsity, n), ratios in sorted(self.ratios.items()):
-            value, must = math.prod(ratios) ** (1 / len(ratios)), MUST.get(sparsity, {}).get(n)
-            self._summary("geomean_vs_cublaslt", {"sparsity": sparsity, "tokens": n}, value, must, len(ratios))
-            print(f"sparsity {sparsity}, {n} tokens: {value:.3f} (must {must}), {min(ratios):.2f}-{max(ratios):.2f}")
-        for (sparsity, n), ratios in sorted(self.dispatched.items()):
-            value, case = math.prod(ratios) ** (1 / len(ratios)), {"sparsity": sparsity, "tokens": n}
-            self._summary("geomean_dispatched", case, value, None, len(ratios))
-            print(f"sparsity {sparsity}, {n} tokens, dispatched: {value:.3f}, at worst {min(ratios):.3f}")
+        self._geomeans("geomean_vs_cublaslt", self.ratios, MUST)
+        self._geomeans("geomean_dispatched", self.dispatched, {})
         if every := [r for ratios in self.dispatched.values() for r in ratios]:
-            self._summary("worst_dispatched", {}, min(every), 0.97, len(every))
+            sparsities, tokens = (sorted(set(of)) for of in zip(*self.dispatched, strict=True))
+            own = {"sparsities": sparsities, "tokens": tokens, "cells": len(every)}
+            self._summary("worst_dispatched", {} if len(every) == CELLS else own, min(every), 0.97, len(every))
+
+    def _geomeans(self, name: str, found: dict[tuple[float, int], list[float]], musts: dict) -> None:
+        """Prints all, and writes those of all shapes: of some of them it is no figure of its own."""
+        for (sparsity, n), ratios in sorted(found.items()):
+            value, must = math.prod(ratios) ** (1 / len(ratios)), musts.get(sparsity, {}).get(n)
+            print(f"{name}: {sparsity}, {n} tokens: {value:.3f} (must {must}), {min(ratios):.3f}-{max(ratios):.3f}")
+            if len(ratios) == len(SHAPES):
+                self._summary(name, {"sparsity": sparsity, "tokens": n}, value, must, len(ratios))
 
     def _summary(self, name: str, case: dict, value: float, must: float | None, n: int) -> None:
         line = {"bench": "lscd", "summary": name, "case": case, "value": value, "sense": ">=", "must": must}
         append(self.path, line | {"unit": "x", "n": n} | environment("cuda"))
+
+
+def summarise(path: Path) -> None:
+    """Appends "worst_dispatched" of every cell, each by its newest line; ValueError if some were never measured."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    cells = {
+        (tuple(x["case"]["shape"]), x["case"]["sparsity"], x["case"]["tokens"]): x
+        for x in lines
+        if x["case"].get("variant") == "dispatched"
+    }
+    machines = {x["machine"] for x in cells.values()}
+    if len(cells) != CELLS or len(machines) != 1:
+        raise ValueError(f"{len(cells)} of {CELLS} cells on {sorted(machines)}; fix: run --dispatched on one GPU")
+    newest = max(cells.values(), key=lambda x: x["date"])
+    line = {"bench": "lscd", "summary": "worst_dispatched", "case": {}, "sense": ">=", "must": 0.97, "unit": "x"}
+    line |= {"value": min(x["ratio"] for x in cells.values()), "n": CELLS} | environment()
+    line |= {"machine": newest["machine"], "versions": newest["versions"]}
+    append(path, line | {"commits": sorted({x["commit"] for x in cells.values()})})
 
 
 def main() -> None:
@@ -206,10 +245,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="indices")
     parser.add_argument("--sparsities", type=float, nargs="*", default=list(MUST))
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 16, 32, 64, 128])
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--masks", nargs="*", default=list(MASKS), help="beside uniform ones, at 8192 x 8192")
     parser.add_argument("--dispatched", action="store_true", help="prepared layers, too")
+    parser.add_argument("--summarise", action="store_true", help="the lines there are; measures nothing")
     args = parser.parse_args()
+    if args.summarise:
+        return summarise(args.out / "lscd.jsonl")
     args.tokens = [n for n in args.tokens if n <= gpu(0).tokens]  # more take several launches
     torch.manual_seed(0)
     bench = Bench(args.out / "lscd.jsonl", args.tokens)

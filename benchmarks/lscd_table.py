@@ -10,6 +10,8 @@ BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 TOKENS = (1, 8, 16, 32, 64, 128)
 MEAN, DISPATCHED, SPUTNIK = "geomean_vs_cublaslt", "dispatched", "fp16 vs Sputnik"  # the latter two are no masks
+ROOFLINE = """16 tokens, microseconds (speed-up; GB/s that are read; share of the roofline, which is a bit an entry and
+two bytes a value, without padding, at 3 TB/s):"""
 HEAD = "| " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |"
 
 
@@ -29,11 +31,11 @@ def tables() -> str:
     for s in SPARSITIES:
         row = (chosen.get((s, n)) for n in TOKENS)
         out.append(f"| {s:.0%} | " + " | ".join(f"{x['value']:.2f}" if x else "" for x in row) + " |")
-    out += ["", "16 tokens, microseconds:", "", f"| layer | dense us {HEAD}", "|---|---|" + "---|" * len(SPARSITIES)]
+    out += ["", ROOFLINE, "", f"| layer | dense us {HEAD}", "|---|---|" + "---|" * len(SPARSITIES)]
     uniform = [k for k in cells if k[1:] == (0.5, 16, "")]
     for shape, *_ in uniform:
         row = [cells[shape, s, 16, ""] for s in SPARSITIES]
-        shown = (f"{x['ours']:.1f} ({x['ratio']:.2f}x, {x['gb_per_s']:.0f} GB/s)" for x in row)
+        shown = (f"{x['ours']:.1f} ({x['ratio']:.2f}x, {x['gb_per_s']:.0f}, {x['roofline_share']:.0%})" for x in row)
         name = f"{shape[0]} x {shape[1]}"
         out.append(f"| {name} | {row[0]['baseline_value']:.1f} | " + " | ".join(shown) + " |")
     out += [
@@ -55,7 +57,19 @@ def tables() -> str:
         "",
         f"The slowest of {len(ratios)} cells of prepared layers, against dense: {min(ratios):.3f}x (0.97).",
     ]
-    return "\n".join([*out, ""])
+    return "\n".join([*out, "", *_decoder(), ""])
+
+
+def _decoder() -> list[str]:
+    """Of the decoder alone: weights a clock, and what memory delivers."""
+    lines = map(json.loads, (ROOT / "benchmarks/results/lscd_decode.jsonl").read_text().splitlines())
+    found = {(x["case"]["items"], x["case"]["sparsity"]): x for x in lines if "summary" not in x}
+    out = ["Weights that a processor expands in a clock, and what its share of 3 TB/s delivers, packed so:", ""]
+    out += [f"| items {HEAD}", "|---|" + "---|" * len(SPARSITIES)]
+    for items in ("halves", "words"):
+        row = (found[items, s] for s in SPARSITIES)
+        out.append(f"| {items} | " + " | ".join(f"{x['ours']:.1f}, {x['baseline_value']:.1f}" for x in row) + " |")
+    return out
 
 
 def _key(case: dict) -> tuple:
