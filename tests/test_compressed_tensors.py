@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import gossamer
 from gossamer import patterns
 from gossamer.formats.bitmask import Bitmask
 from gossamer.formats.nm24 import NM
@@ -60,7 +61,19 @@ def test_other_checkpoints_are_not_for_it(tmp_path: Path, tiny_folder: Path) -> 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"x.bitmask": torch.zeros(2, 3, dtype=torch.uint8)}, r"x.bitmask is \[2, 3\] for a weight 2 x 16; fix"),
+        ({"x.bitmask": torch.zeros(2, 3, dtype=torch.uint8)}, r"x.bitmask is uint8 \[2, 3\] for a weight 2 x 16; fix"),
+        ({"x.bitmask": torch.zeros(2, 2)}, r"x.bitmask is float32 \[2, 2\] for a weight 2 x 16; fix"),
+        ({"x.shape": torch.tensor([2, 16, 1])}, r"x.shape is \[2, 16, 1\], no rows and columns; fix"),
+        ({"x.shape": torch.tensor([2.5, 16])}, r"x.shape is \[2.5, 16.0\], no rows and columns; fix"),
+        (
+            {"x.compressed": torch.ones(2, 8, dtype=torch.int8)},
+            "x.compressed is int8: quantised, too.*; fix: decompress",
+        ),
+        ({"x.compressed": torch.ones(2, 8).to(torch.float8_e4m3fn)}, "x.compressed is float8_e4m3fn: quantised"),
+        (
+            {"x.bitmask": torch.tensor([[255, 0]] * 2).byte()},
+            "x is not 2:4 sparse: row 0, columns 4..7 hold 4.*; fix: copy",
+        ),
         ({"x.bitmask": torch.zeros(2, 2, dtype=torch.uint8)}, "x: 0 bits for 16 values; fix"),
         ({"x.shape": None}, "x has no shape; fix: copy it again"),
     ],
@@ -77,6 +90,10 @@ def test_a_model_of_two_blocks(legacy_folder: Path, tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = open_model(legacy_folder)
+    with pytest.raises(
+        CheckpointError, match="of compressed-tensors; fix: read it with gossamer.hub.compressed_tensors"
+    ):
+        gossamer.load(legacy_folder)
     layers = sparse_layers(model)
     assert len(layers) == 14 and {layer.spec["format"] for layer in layers.values()} == {"nm24"}
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()

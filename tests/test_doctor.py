@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gossamer import doctor, native
+from gossamer import cslt, doctor, native, nvrtc
 
 
 def by_name() -> dict[str, doctor.Check]:
@@ -65,6 +65,21 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, major: int, ok: bool) -> None:
     checks = by_name()
     assert checks["GPU 0"].ok is checks["GPU 1"].ok is ok
     assert f"sm_{major}0" in checks["GPU 1"].detail
+
+
+def test_libraries_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(nvrtc, "refusal", lambda device: None)
+    monkeypatch.setattr(cslt, "refusal", lambda device: "a working cuSPARSELt: it does not load; fix: pip install it")
+    checks = by_name()
+    assert checks["NVRTC"] == doctor.Check("NVRTC", True, "compiles the GPU kernels")
+    wanted = "needs a working cuSPARSELt: it does not load"
+    assert checks["cuSPARSELt"] == doctor.Check("cuSPARSELt", False, wanted, "pip install it")
+    monkeypatch.setattr(cslt, "refusal", lambda device: "an NVIDIA GPU")
+    assert by_name()["cuSPARSELt"].fix
 
 
 def test_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

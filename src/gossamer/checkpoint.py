@@ -238,8 +238,15 @@ def _from_pretrained(folder: Path, kwargs: Mapping[str, Any]) -> Any:
 def _read_config(folder: Path) -> dict[str, Any]:
     if (folder / MODULE).is_file():
         return shards.read_json(folder / MODULE)
-    found = shards.read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != "gossamer":
+    config = shards.read_json(folder / "config.json")
+    found = config.get("quantization_config")
+    found = found if isinstance(found, dict) else {}
+    if found.get("quant_method") == "compressed-tensors" or "compression_config" in config:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of compressed-tensors; fix: read it with gossamer.hub.compressed_tensors.load, "
+            "if it is sparse and not quantized, and write it with gossamer.save"
+        )
+    if found.get("quant_method") != "gossamer":
         raise CheckpointError(
             f"{folder} is no Gossamer checkpoint, its config.json names no gossamer quantization_config; fix: load a "
             "dense model with transformers' from_pretrained, and make it sparse with gossamer.compress"

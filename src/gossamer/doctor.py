@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gossamer import machine, native
+from gossamer import cslt, machine, native, nvrtc
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
@@ -132,7 +132,18 @@ def _cache() -> Check:
 def _gpus() -> list[Check]:
     if not torch.cuda.is_available():
         return [Check("GPU", True, _why_no_gpu())]
-    return [_gpu(i) for i in range(torch.cuda.device_count())]
+    first = torch.device("cuda", 0)
+    libraries = [
+        _library("NVRTC", "compiles the GPU kernels", nvrtc.refusal(first)),
+        _library("cuSPARSELt", "multiplies many tokens by 2:4 weights", cslt.refusal(first)),
+    ]
+    return [*(_gpu(i) for i in range(torch.cuda.device_count())), *libraries]
+
+
+def _library(name: str, purpose: str, refusal: str | None) -> Check:
+    """A library of NVIDIA's on the first GPU; `refusal`: why it does not run there, with a fix if there is one."""
+    reason, _, fix = (refusal or purpose).partition("; fix: ")
+    return _check(name, refusal is None, f"needs {reason}" if refusal else reason, fix or "use another GPU or torch")
 
 
 def _why_no_gpu() -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..formats import Format
+from ..formats import Format, FormatError, dtype_name
 from ..formats.bitmask import Bitmask, unpack_bits
 from ..formats.nm24 import NM
 from ..nn import SparseLinear
@@ -23,6 +23,8 @@ from ..shards import CheckpointError, read_json, tensors
 
 FORMATS: dict[str, type[Format]] = {"sparse-24-bitmask": NM, "sparse-bitmask": Bitmask}
 PARTS = ("shape", "compressed", "bitmask")
+VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DECOMPRESS = "decompress it with the version of compressed-tensors that wrote it"
 
 
 def format_of(folder: str | Path) -> str | None:
@@ -37,10 +39,7 @@ def format_of(folder: str | Path) -> str | None:
     if name not in FORMATS:
         return None
     if found.get("config_groups"):
-        raise CheckpointError(
-            f"{folder} is {name} and quantised, too, which is not read; fix: decompress it with the version of "
-            "compressed-tensors that wrote it"
-        )
+        raise CheckpointError(f"{folder} is {name} and quantised, too, which is not read; fix: {DECOMPRESS}")
     return name
 
 
@@ -67,15 +66,24 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _matrix(kind: type[Format], layer: str, shape: Tensor, values: Tensor, mask: Tensor) -> Format:
+    if shape.numel() != 2 or shape.is_floating_point():
+        raise CheckpointError(f"{layer}.shape is {shape.tolist()}, no rows and columns; fix: copy it again")
     rows, cols = (int(n) for n in shape.flatten().tolist())
-    if tuple(mask.shape) != (rows, -(-cols // 8)):
-        raise CheckpointError(f"{layer}.bitmask is {list(mask.shape)} for a weight {rows} x {cols}; fix: copy it again")
+    if tuple(mask.shape) != (rows, -(-cols // 8)) or mask.dtype != torch.uint8:
+        found = f"{dtype_name(mask.dtype)} {list(mask.shape)}"
+        raise CheckpointError(f"{layer}.bitmask is {found} for a weight {rows} x {cols}; fix: copy it again")
+    if values.dtype not in VALUES:
+        held = dtype_name(values.dtype)
+        raise CheckpointError(f"{layer}.compressed is {held}: quantised, too, which is not read; fix: {DECOMPRESS}")
     used = unpack_bits(mask, cols)
     if int(used.sum()) != values.numel():
         raise CheckpointError(f"{layer}: {int(used.sum())} bits for {values.numel()} values; fix: copy it again")
     dense = values.new_zeros(rows, cols)
     dense[used] = values.flatten()
-    return kind.encode(dense)
+    try:
+        return kind.encode(dense)
+    except FormatError as error:
+        raise CheckpointError(f"{layer} is {str(error).partition(';')[0]}; fix: copy it again") from error
 
 
 def load(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
