@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pretrain import chart, text
-from pretrain.loop import METHODS, Log, Run, Training, join
+from pretrain.loop import METHODS, Log, Run, Training, join, leave
 
 
 def main(arguments: list[str] | None = None) -> float:
@@ -57,3 +57,4 @@ def main(arguments: list[str] | None = None) -> float:
 
 if __name__ == "__main__":
     main()
+    leave()
