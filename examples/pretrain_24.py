@@ -10,7 +10,6 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -49,9 +48,6 @@ def main(arguments: list[str] | None = None) -> float:
         save_file({name: tensor.contiguous() for name, tensor in whole.items()}, given.out / "model.safetensors")
         logs = sorted(given.out.parent.glob("*/log.jsonl"))
         chart.draw({file.parent.name: chart.read(file) for file in logs}, given.out / "chart.svg")
-    if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while another still works can be aborted on its way out
-        dist.destroy_process_group()
     return loss
 
 
