@@ -20,3 +20,10 @@ for source in fuzz pack run scalar ../parallel; do
 done
 "${CXX:-g++}" "${flags[@]}" "$out"/*.o -o "$out/fuzz" -pthread -ldl
 "$out/fuzz" "${1:-300}" "${2:-1}"
+# Without AVX-VNNI its code takes AVX2's place, with products in plain code.
+if [ "$(uname -m)" = x86_64 ] && ! grep -qw avx_vnni /proc/cpuinfo; then
+  "${CXX:-g++}" "${flags[@]}" "${avx2[@]}" -include ../../tests/emulate_vnni.h -Davxvnni_kernels=avx2_kernels \
+    -c avxvnni.cpp -o "$out/avx2.o"
+  "${CXX:-g++}" "${flags[@]}" "$out"/*.o -o "$out/emulated" -pthread -ldl
+  GOSSAMER_ISA=avx2 "$out/emulated" "${1:-300}" "${2:-1}"
+fi
