@@ -51,6 +51,8 @@ VARIANTS = ["kernel", "linear", "op"]
 BLOCKS = {"4x1": (4, 1), "4x4": (4, 4)}
 VNNI = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() == "AVX512_CORE_VNNI"
 
+AVX512 = _bsr.available() and _bsr.isa() == "avx512"  # whose bars these are
+
 BARS_VNNI = {
     16: {0.7: 2.3, 0.8: 3.2, 0.9: 6.5}, 64: {0.7: 3.3, 0.8: 4.9, 0.9: 9.4},
     384: {0.7: 3.2, 0.8: 4.8, 0.9: 9.4}, 1: {0.7: 1.8, 0.8: 2.5, 0.9: 3.9},
@@ -264,9 +266,8 @@ def summarise(path: Path) -> None:
             for variant in ("4x1", "4x4", "4x1 linear", "4x4 linear"):
                 for tokens in TOKENS:
                     found = pick(sparsity=[sparsity], tokens=[tokens], variant=[variant], threads=[threads])
-                    bar = (
-                        BARS_VNNI.get(tokens, {}).get(sparsity) if VNNI and variant == "4x1" and threads == 1 else None
-                    )
+                    barred = AVX512 and VNNI and variant == "4x1" and threads == 1
+                    bar = BARS_VNNI.get(tokens, {}).get(sparsity) if barred else None
                     case = {"sparsity": sparsity, "tokens": tokens, "threads": threads, "variant": variant}
                     summary("geomean_vs_best_dense", case, [x["ratio"] for x in found], bar)
         for tokens in TOKENS:
@@ -277,12 +278,12 @@ def summarise(path: Path) -> None:
         for block in BLOCKS:
             found = pick(sparsity=[sparsity], tokens=[64, 384], variant=[block], threads=[1])
             ratios = [x["dense"]["torch qlinear"] / x["ours"] for x in found]
-            bar = None if VNNI else BARS_AMX[block].get(sparsity)
+            bar = None if VNNI or not _bsr.amx() else BARS_AMX[block].get(sparsity)
             case = {"sparsity": sparsity, "tokens": "64, 384", "threads": 1, "variant": block}
             summary("geomean_vs_torch", case, ratios, bar)
             for kind in ("linear", "op"):
                 share = _ratios(found, pick(sparsity=[sparsity], variant=[f"{block} {kind}"], threads=[1]))
-                must = BARS_SHARE.get(sparsity) if kind == "linear" and block == "4x1" else None
+                must = BARS_SHARE.get(sparsity) if AVX512 and kind == "linear" and block == "4x1" else None
                 summary(f"{kind}_share_of_kernel", case, share, must)
 
 

@@ -79,7 +79,8 @@ struct Attention {
 // Bytes of scratch memory for sentences of up to `length` tokens.
 inline int64_t attention_scratch(int64_t head_size, int64_t length) {
   const int64_t padded = (length + query_lanes - 1) / query_lanes * query_lanes;
-  return padded * (3 * head_size + 4 * query_lanes + query_lanes) + 64;
+  const int64_t bytes = 3 * head_size, scores = 5 * query_lanes, wide = 4 * head_size;  // per token; wide: AVX2
+  return padded * (bytes + scores + wide) + 32 * head_size + 64;
 }
 
 struct Kernels {
