@@ -27,12 +27,12 @@ def results(bench: str) -> list[dict]:
 
 
 def latest(bench: str, summary: str, **case: object) -> float:
-    """The newest value of a figure; lines of some layers or windows only are no such figure, unless asked for."""
+    """The newest value of a figure; lines of some layers, windows or CPUs are none, unless asked for."""
     found = [
         line["value"]
         for line in results(bench)
         if line.get("summary") == summary
-        and not ({"layers", "windows"} - case.keys()) & line["case"].keys()
+        and not ({"layers", "windows", "cpu"} - case.keys()) & line["case"].keys()
         and all(line["case"].get(k) == v for k, v in case.items())
     ]
     return found[-1]
