@@ -50,6 +50,24 @@ struct Block<uint32_t> {
   static constexpr int column(int i) { return i; }
 };
 
+// Where the bytes of eight bfloat16 weights go that a mask byte spreads, as float32: 0x80 = zero, as pshufb has it.
+struct Spread {
+  alignas(64) uint8_t from[256][32];
+};
+
+constexpr Spread make_spread() {
+  Spread spread{};
+  for (int m = 0; m < 256; ++m)
+    for (int i = 0; i < 8; ++i)
+      for (int b = 0; b < 4; ++b) {
+        const uint8_t n = lut.expand[m][i];
+        spread.from[m][4 * i + b] = static_cast<uint8_t>(b < 2 || n == 0x80 ? 0x80 : 2 * n + b - 2);
+      }
+  return spread;
+}
+
+constexpr Spread spread = make_spread();
+
 template <>
 struct Block<uint16_t> {
   using Raw = __m128i;
@@ -62,7 +80,12 @@ struct Block<uint16_t> {
     return load16(copy);
   }
 
-  static Raw expand(Raw x, uint64_t bits) { return shuffled16(x, load8(lut.expand[bits])); }
+  // Float32 already: both lanes take their four out of all eight.
+  static Vec expand(Raw x, uint64_t bits) {
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x), load32(spread.from[bits])));
+  }
+
+  static void widen(Vec x, Vec* w) { w[0] = x; }
   static void widen(Raw x, Vec* w) { w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }
   static constexpr int column(int i) { return i; }
 };

@@ -8,8 +8,8 @@
 //     static constexpr int cols, vecs;           // columns a Raw holds, and the Vecs they widen to
 //     static Raw read(const T*);
 //     static Raw read(const T*, int64_t n);      // touches n weights only; n may be any number
-//     static Raw expand(Raw, uint64_t bits);     // the next weight for each bit that is set, else zero
-//     static void widen(Raw, Vec* w);
+//     static E expand(Raw, uint64_t bits);       // the next weight for each bit that is set, else zero
+//     static void widen(Raw or E, Vec* w);       // E: Raw, too, or what widens in another way
 //     static constexpr int column(int i);        // which column of the block lane i of the widened block holds
 //   };
 // and what many_rows.h asks for.
