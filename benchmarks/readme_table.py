@@ -244,6 +244,18 @@ def encoder_speed() -> str:
             for name, kind in PEERS
         )
         lines.append(f"| {model}, {batch} | " + " | ".join(cells) + " |")
+    older = {"cpu": "AMD Zen 3", "model": "bert-base", "tokens": 128, "threads": 2}
+    one, eight = (
+        " / ".join(
+            f"{latest('encoder', 'ratio_vs_onnxruntime_int8', sparsity=s, batch=b, **older):.1f}x" for s in (0.8, 0.9)
+        )
+        for b in (1, 8)
+    )
+    lines += [
+        "",
+        f"On 2 cores of an AMD Zen 3, which has AVX2 and no VNNI, bert-base is {one} as fast as ONNX Runtime's int8",
+        f"with one sentence, {eight} with eight.",
+    ]
     return "\n".join([*lines, ""])
 
 
