@@ -173,7 +173,7 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     whole = torch.empty(count + PAGE // dtype.itemsize, dtype=dtype)
     begin = -whole.data_ptr() % PAGE // dtype.itemsize
-    return torch.empty(0, dtype=dtype).set_(whole.untyped_storage(), begin, shape)
+    return torch.empty(0, dtype=dtype).set_(whole.untyped_storage(), begin, shape)  # type: ignore[call-overload]
 
 
 def _product(x: Tensor, found: Any, rows: int, cols: int, bias: Tensor | None) -> Tensor:
