@@ -23,6 +23,7 @@ constexpr int64_t most_chunks = 16;   // up to so many are better not cut in two
 constexpr int64_t group_blocks = 8;   // of tokens, at most, and
 constexpr int64_t group_bytes = 1 << 20;  // which stay in the second-level cache while all panels pass
 constexpr int64_t ahead = 2;          // chunks, from the writing of weights to the reading of a tile
+constexpr int64_t fetch_ahead = 768;  // bytes, of the values that are expanded
 
 // 32 rows by 64 tokens.
 struct alignas(64) Products {
@@ -57,6 +58,7 @@ struct Packed {
   INLINE void expand(int8_t* to) {
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i, masks += 8, to += 256) {
+      _mm_prefetch(reinterpret_cast<const char*>(values) + fetch_ahead, _MM_HINT_T0);
       uint64_t mask;
       std::memcpy(&mask, masks, 8);
       const int64_t count = _mm_popcnt_u64(mask);
@@ -90,11 +92,25 @@ struct Pending {
   }
 };
 
-// Two tiles of rows by vectors V and, unless there is but one, V + 1, some chunks, added to what earlier ones gave.
-// `meanwhile` is called four times in every chunk; from the second one on all of the pass before is stored.
+// What the vector unit does beside a pass: called four times in every chunk from `first` on.
+struct Nothing {
+  static constexpr int64_t first = 0;
+  INLINE void operator()(int64_t, int) const {}
+};
+
+struct Expanding {
+  static constexpr int64_t first = 0;
+  Packed& packed;
+  int8_t* weights;
+  INLINE void operator()(int64_t c, int part) const { packed.expand<2>(weights + 2048 * (c + ahead) + 512 * part); }
+};
+
+// Two tiles of rows by vectors V and, unless there is but one, V + 1, some chunks, added to what earlier ones gave;
+// beside them `meanwhile`, in the chunks before `until`. These have a loop of their own, without questions: a branch
+// that is predicted wrongly holds up the matrix unit, too. From the second chunk on all of the pass before is stored.
 template <int NB, int V, class Meanwhile>
 INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_t* x, bool first, Products& p,
-                             Pending& pending, const Meanwhile& meanwhile) {
+                             Pending& pending, int64_t until, const Meanwhile& meanwhile) {
   if (first) {
     _tile_zero(0);
     _tile_zero(2);
@@ -103,28 +119,29 @@ INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_
     _tile_loadd(2, p.sums[1][V], 64);
   }
   const uint8_t* quads = x + 64 * V;
-  const auto left = [&](int64_t c) __attribute__((always_inline)) {
+  const auto left = [&](int64_t c, const auto& beside) __attribute__((always_inline)) {
     // Activations pass by the first-level cache, where the weights are to stay.
     _tile_stream_loadd(6, quads, 4 * NB);
     _tile_loadd(4, weights, 64);
     _tile_dpbsud(0, 4, 6);
-    meanwhile(c, 0);
+    beside(c, 0);
     _tile_loadd(5, weights + 1024, 64);
     _tile_dpbsud(2, 5, 6);
-    meanwhile(c, 1);
+    beside(c, 1);
   };
-  const auto right = [&](int64_t c) __attribute__((always_inline)) {
+  const auto right = [&](int64_t c, const auto& beside) __attribute__((always_inline)) {
     if constexpr (NB > 16) {
       _tile_stream_loadd(7, quads + 64, 4 * NB);
       _tile_dpbsud(1, 4, 7);
     }
-    meanwhile(c, 2);
+    beside(c, 2);
     if constexpr (NB > 16) _tile_dpbsud(3, 5, 7);
-    meanwhile(c, 3);
+    beside(c, 3);
     weights += 2048;
     quads += 64 * NB;
   };
-  if (chunks > 0) left(0);
+  const bool busy = Meanwhile::first == 0 && until > 0;
+  if (chunks > 0) busy ? left(0, meanwhile) : left(0, Nothing{});
   pending.store();
   if constexpr (NB > 16) {
     if (first) {
@@ -135,10 +152,15 @@ INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_
       _tile_loadd(3, p.sums[1][V + 1], 64);
     }
   }
-  if (chunks > 0) right(0);
-  for (int64_t c = 1; c < chunks; ++c) {
-    left(c);
-    right(c);
+  if (chunks > 0) busy ? right(0, meanwhile) : right(0, Nothing{});
+  int64_t c = 1;
+  for (; c < until; ++c) {
+    left(c, meanwhile);
+    right(c, meanwhile);
+  }
+  for (; c < chunks; ++c) {
+    left(c, Nothing{});
+    right(c, Nothing{});
   }
   _tile_stored(0, p.sums[0][V], 64);
   _tile_stored(2, p.sums[1][V], 64);
@@ -196,14 +218,12 @@ class Job {
   Products products[group_blocks + 1];
   int64_t next = 0;  // of products, in turn
 
-  // Spreads block rows of `waiting` evenly over chunks, but the first one, in which the last of its sums are stored.
-  struct Spread {
+  // A block row of `waiting` in every chunk but the first one, in which the last of its sums are stored.
+  struct Finishing {
+    static constexpr int64_t first = 1;
     Job& job;
-    int64_t rows, times;
-    mutable int64_t due = 0;
-    INLINE void operator()(int64_t c, int) const {
-      if (c == 0) return;
-      for (due += rows; due >= times; due -= times) job.waiting->step_between();
+    INLINE void operator()(int64_t, int part) const {
+      if (part == 3) job.waiting->step_between();
     }
   };
 
@@ -218,16 +238,15 @@ class Job {
     int8_t* weights = slice.weights[0][0][0];
     if (fresh) {
       for (int64_t c = 0; c < std::min(ahead, chunks); ++c) fresh->expand<8>(weights + 2048 * c);
-      const auto expand = [&](int64_t c, int part) __attribute__((always_inline)) {
-        if (c + ahead < chunks) fresh->expand<2>(weights + 2048 * (c + ahead) + 512 * part);
-      };
-      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, expand);
+      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, chunks - ahead,
+                                     Expanding{*fresh, weights});
     }
     int64_t rows = waiting ? waiting->left() : 0;
     if (V == 0 && NB == 64) rows = std::min(rows, panel_rows / 2);
-    if (rows) return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending,
-                                              Spread{*this, rows, 4 * chunks - 4});
-    multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, [](int64_t, int) {});
+    if (rows)
+      return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, std::min(1 + rows, chunks),
+                                     Finishing{*this});
+    multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, 0, Nothing{});
   }
 
   // Of token block b: products with a slice; its end, if the slice is the last one.
