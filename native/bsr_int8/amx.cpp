@@ -92,17 +92,18 @@ struct Pending {
   }
 };
 
-// What the vector unit does beside a pass: called four times in every chunk from `first` on.
+// What the vector unit does beside a pass, from chunk `first` on. All of a chunk's at its end: among the loads of tiles
+// it took longer.
 struct Nothing {
   static constexpr int64_t first = 0;
-  INLINE void operator()(int64_t, int) const {}
+  INLINE void operator()(int64_t) const {}
 };
 
 struct Expanding {
   static constexpr int64_t first = 0;
   Packed& packed;
   int8_t* weights;
-  INLINE void operator()(int64_t c, int part) const { packed.expand<2>(weights + 2048 * (c + ahead) + 512 * part); }
+  INLINE void operator()(int64_t c) const { packed.expand<8>(weights + 2048 * (c + ahead)); }
 };
 
 // Two tiles of rows by vectors V and, unless there is but one, V + 1, some chunks, added to what earlier ones gave;
@@ -119,29 +120,24 @@ INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_
     _tile_loadd(2, p.sums[1][V], 64);
   }
   const uint8_t* quads = x + 64 * V;
-  const auto left = [&](int64_t c, const auto& beside) __attribute__((always_inline)) {
+  const auto left = [&]() __attribute__((always_inline)) {
     // Activations pass by the first-level cache, where the weights are to stay.
     _tile_stream_loadd(6, quads, 4 * NB);
     _tile_loadd(4, weights, 64);
     _tile_dpbsud(0, 4, 6);
-    beside(c, 0);
     _tile_loadd(5, weights + 1024, 64);
     _tile_dpbsud(2, 5, 6);
-    beside(c, 1);
   };
-  const auto right = [&](int64_t c, const auto& beside) __attribute__((always_inline)) {
+  const auto right = [&]() __attribute__((always_inline)) {
     if constexpr (NB > 16) {
       _tile_stream_loadd(7, quads + 64, 4 * NB);
       _tile_dpbsud(1, 4, 7);
+      _tile_dpbsud(3, 5, 7);
     }
-    beside(c, 2);
-    if constexpr (NB > 16) _tile_dpbsud(3, 5, 7);
-    beside(c, 3);
     weights += 2048;
     quads += 64 * NB;
   };
-  const bool busy = Meanwhile::first == 0 && until > 0;
-  if (chunks > 0) busy ? left(0, meanwhile) : left(0, Nothing{});
+  if (chunks > 0) left();
   pending.store();
   if constexpr (NB > 16) {
     if (first) {
@@ -152,15 +148,17 @@ INLINE void multiply_vectors(const int8_t* weights, int64_t chunks, const uint8_
       _tile_loadd(3, p.sums[1][V + 1], 64);
     }
   }
-  if (chunks > 0) busy ? right(0, meanwhile) : right(0, Nothing{});
+  if (chunks > 0) right();
+  if (Meanwhile::first == 0 && until > 0) meanwhile(0);
   int64_t c = 1;
   for (; c < until; ++c) {
-    left(c, meanwhile);
-    right(c, meanwhile);
+    left();
+    right();
+    meanwhile(c);
   }
   for (; c < chunks; ++c) {
-    left(c, Nothing{});
-    right(c, Nothing{});
+    left();
+    right();
   }
   _tile_stored(0, p.sums[0][V], 64);
   _tile_stored(2, p.sums[1][V], 64);
@@ -222,9 +220,7 @@ class Job {
   struct Finishing {
     static constexpr int64_t first = 1;
     Job& job;
-    INLINE void operator()(int64_t, int part) const {
-      if (part == 3) job.waiting->step_between();
-    }
+    INLINE void operator()(int64_t) const { job.waiting->step_between(); }
   };
 
   void settle() {
