@@ -14,7 +14,8 @@ Measured lines: microseconds of uint8 to uint8 with bias, scales and rounding (v
 with ready arguments: about 1 us), and of float32 to float32, quantised per token on the way (4x1 linear, 4x4 linear:
 into memory that is there; `op`: SparseLinear as a model calls it). One thread: medians of thread CPU time; more: 5th
 percentiles of wall time. All is timed --rounds times, in turns where it is timed by this process, and the lowest
-figure of each counts, theirs as ours: on a core that is shared with strangers one turn says little. Masks are uniform.
+figure of each counts, theirs as ours: on a core that is shared with strangers one turn says little, and --cores takes
+turns on several, as a stranger slows down one core, dense products on its matrix unit most. Masks are uniform.
 The ratio is over the fastest dense peer of the same run. --summarise makes the summaries of the newest lines of every
 case. What no table needs is not measured unless it is asked for (--variants, --sparsities).
 """
@@ -190,10 +191,14 @@ def ours(shape: tuple[int, int], n: int, args: argparse.Namespace) -> Ours:
     return found
 
 
-def in_turns(clock: Clock, runs: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, tuple[float, float]]:
+def in_turns(
+    clock: Clock, runs: dict[Any, Callable[[], object]], rounds: int, cores: list[int]
+) -> dict[Any, tuple[float, float]]:
     """The lowest figure of each and its spread."""
-    found = {key: [clock(run)] for key, run in runs.items()}
-    for _ in range(rounds - 1):
+    found: dict[Any, list[tuple[float, float]]] = {key: [] for key in runs}
+    for turn in range(rounds):
+        if cores:
+            os.sched_setaffinity(0, {cores[turn % len(cores)]})
         for key, run in runs.items():
             found[key].append(clock(run))
     return {key: min(times) for key, times in found.items()}
@@ -209,7 +214,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
     for m, k, n in grid:
         own = ours((m, k), n, args)
         theirs = {"torch qlinear": torch_call(m, k, n)} | {s: fbgemm_call(m, k, n, s) for s in args.sparsities}
-        times = in_turns(clock, theirs | own, args.rounds)
+        times = in_turns(clock, theirs | own, args.rounds, args.cores)
         dense = {"torch qlinear": times["torch qlinear"][0]}
         for found in others:
             dense |= {name: min(us, dense.get(name, us)) for name, us in found[m, k, n].items()}
@@ -325,10 +330,13 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--seconds", type=float, default=0.03, help="for every measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of every measurement; the lowest counts")
+    parser.add_argument("--cores", type=int, nargs="+", default=[], help="to run on, another one in every turn")
     parser.add_argument("--scaling", action="store_true", help="one thread against two")
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.cores and (args.onednn or args.peers or args.threads > 1):
+        parser.error("--cores moves one thread of this process; leave out --onednn, --peers and --threads")
     if VNNI and args.peers:
         parser.error("ONEDNN_MAX_CPU_ISA does not keep ONNX Runtime off AMX: leave --peers out, or unset it")
     warnings.filterwarnings("ignore")
