@@ -335,8 +335,8 @@ def main() -> None:
     parser.add_argument("--summarise", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.cores and (args.onednn or args.peers or args.threads > 1):
-        parser.error("--cores moves one thread of this process; leave out --onednn, --peers and --threads")
+    if args.cores and (args.onednn or args.peers or args.scaling or args.threads > 1):
+        parser.error("--cores moves one thread of this process; leave out --onednn, --peers, --scaling and --threads")
     if VNNI and args.peers:
         parser.error("ONEDNN_MAX_CPU_ISA does not keep ONNX Runtime off AMX: leave --peers out, or unset it")
     warnings.filterwarnings("ignore")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bench_bsr_int8 import RESULTS, SHAPES, SPARSITIES, Clock, cpu, geomean, torch_call
+from bench_bsr_int8 import AVX512, RESULTS, SHAPES, SPARSITIES, Clock, cpu, geomean, torch_call
 from results import append, environment
 
 FLAGS = [
@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="of every measurement; the lowest counts")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if not AVX512:
+        parser.error("the loops are AVX-512 VNNI, which this CPU has not; run it on one that has")
     torch.set_num_threads(1)
     path, clock = args.out / "bsr_int8.jsonl", Clock(args.seconds, 1)
     cells = [(m, k, n) for n in TOKENS for m, k in SHAPES]

@@ -52,12 +52,11 @@ struct Packed {
     values = a.data + start;
   }
 
-  // The next `rows` block rows of a chunk. Loads are what the tiles compete for: two for the four rows, if they have
+  // The block rows of the next chunk. Loads are what the tiles compete for: two for the four rows, if they have
   // at most 32 channels each, as their bytes are then picked out by numbers that count from the first row's.
-  template <int rows>
   INLINE void expand(int8_t* to) {
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i, masks += 8, to += 256) {
+    for (int i = 0; i < panel_rows; ++i, masks += 8, to += 256) {
       _mm_prefetch(reinterpret_cast<const char*>(values) + fetch_ahead, _MM_HINT_T0);
       uint64_t mask;
       std::memcpy(&mask, masks, 8);
@@ -103,7 +102,7 @@ struct Expanding {
   static constexpr int64_t first = 0;
   Packed& packed;
   int8_t* weights;
-  INLINE void operator()(int64_t c) const { packed.expand<8>(weights + 2048 * (c + ahead)); }
+  INLINE void operator()(int64_t c) const { packed.expand(weights + 2048 * (c + ahead)); }
 };
 
 // Two tiles of rows by vectors V and, unless there is but one, V + 1, some chunks, added to what earlier ones gave;
@@ -233,7 +232,7 @@ class Job {
   INLINE void pass(const uint8_t* quads, int64_t chunks, bool first, Packed* fresh, Products& p) {
     int8_t* weights = slice.weights[0][0][0];
     if (fresh) {
-      for (int64_t c = 0; c < std::min(ahead, chunks); ++c) fresh->expand<8>(weights + 2048 * c);
+      for (int64_t c = 0; c < std::min(ahead, chunks); ++c) fresh->expand(weights + 2048 * c);
       return multiply_vectors<NB, V>(weights, chunks, quads, first, p, pending, chunks - ahead,
                                      Expanding{*fresh, weights});
     }
